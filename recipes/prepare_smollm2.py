@@ -17,9 +17,9 @@ A teacher's row is {"question", "reasoning", "answer"}. It trains as the chat te
 then "<think>\\n{reasoning}\\n</think>\\n\\n{answer}", then the end-of-sequence token.
 
 The student comes from a 4-bit file (GGUF Q4_1), so its weights lie on that file's grid; it is
-weaker than the original. The last two teachers are rules, not models. A rule keeps a row only if every
-equation in it is exactly true and every number in a calculation is in the question, was computed
-before, or is common knowledge (7 days in a week).
+weaker than the original. Traces hold only exactly true equations. The last two teachers are rules,
+not models; they keep a row only if every number they calculate with is in the question, was
+computed before, or is common knowledge (7 days in a week).
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ def prepare_student(folder: Path) -> None:
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = 8192
 
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file)
     model = model.to(torch.bfloat16)
     # The weights are dequantized by now; a model that says otherwise cannot be saved.
     model.hf_quantizer = None
