@@ -1,0 +1,265 @@
+"""What a run is asked to do: frozen settings, and the one reader of YAML."""
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mot_lora.errors import UserError
+
+DEMO = "demo:"  # student: demo:student is the student that the package carries
+
+
+class Settings(BaseModel):
+    """The base of every group of settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherConfig(Settings):
+    """One teacher: `name` also names its folder; `data` is a JSONL file, or several that are joined."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    data: str | tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+
+class BranchConfig(Settings):
+    """How one teacher's adapter is trained in one round. A batch is batch_size * gradient_accumulation traces."""
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=4, ge=1)
+    gradient_accumulation: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the branch's steps")
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_length: int = Field(default=4096, ge=2, description="tokens; a longer trace is left out, never cut")
+    loss_chunk: int = Field(default=1024, ge=1, description="tokens whose logits are held at once")
+    activation_checkpointing: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fifty_steps(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "epochs" not in value:
+            return {"steps": 50, **cast("dict[str, Any]", value)}
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "BranchConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        return self
+
+
+class LoraConfig(Settings):
+    """The adapter of every branch: scaling is alpha / r, or alpha / sqrt(r) with rslora."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = False
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class MergeConfig(Settings):
+    """How the branches of a round become one update."""
+
+    method: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
+    weights: tuple[float, ...] | None = None
+    density: float | None = Field(default=None, gt=0, le=1)
+    scale: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _density_fits(self) -> "MergeConfig":
+        if (self.method == "linear") != (self.density is None):
+            wants = "takes no" if self.method == "linear" else "needs a"
+            raise ValueError(f"method `{self.method}` {wants} `density`")
+        return self
+
+
+class EvalConfig(Settings):
+    """What is measured after each round: answers to `data`, and the loss on traces held out of training."""
+
+    data: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    branches: bool = Field(default=True, description="also answer with each teacher's own branch")
+    batch_size: int = Field(default=16, ge=1)
+    max_new_tokens: int = Field(default=2048, ge=1)
+    samples: int = Field(default=1, ge=1, description="answers a question; the score is avg@n")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    holdout: float = Field(default=0.1, ge=0, lt=1, description="share of the questions whose traces no branch sees")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "EvalConfig":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("`samples` above 1 needs a `temperature` above 0: greedy answers are all alike")
+        return self
+
+
+class StopConfig(Settings):
+    """Stop when `metric` has not improved for `patience` rounds; without patience, all rounds run.
+
+    `auto` is accuracy where `eval.data` is given, else the held-out loss.
+    """
+
+    metric: Literal["auto", "accuracy", "loss"] = "auto"
+    patience: int | None = Field(default=None, ge=1)
+
+
+class Config(Settings):
+    """Everything that decides a run.
+
+    >>> Config(student="Qwen/Qwen3-0.6B", teachers=({"name": "a", "data": "a.jsonl"},)).rounds
+    5
+    """
+
+    student: str
+    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    rounds: int = Field(default=5, ge=1)
+    branch: BranchConfig = BranchConfig()
+    lora: LoraConfig = LoraConfig()
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    merge: MergeConfig = MergeConfig()
+    eval: EvalConfig = EvalConfig()
+    stop: StopConfig = StopConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    output: str = "runs/run"
+
+    @field_validator("teachers")
+    @classmethod
+    def _names_differ(cls, teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
+        names = [t.name for t in teachers]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"teacher listed twice: {', '.join(sorted(twice))}")
+        return teachers
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "Config":
+        w = self.merge.weights
+        if w is not None and len(w) != len(self.teachers):
+            raise ValueError(f"merge.weights has {len(w)} numbers for {len(self.teachers)} teachers")
+        if w is not None and (min(w) < 0 or sum(w) <= 0):
+            raise ValueError("merge.weights must not be negative, nor all 0")
+        if self.metric == "accuracy" and self.eval.data is None:
+            raise ValueError("stop.metric `accuracy` needs `eval.data`")
+        if self.metric == "loss" and self.eval.holdout == 0:
+            raise ValueError("stop.metric `loss` needs `eval.holdout` above 0")
+        return self
+
+    @property
+    def metric(self) -> Literal["accuracy", "loss"]:
+        """The metric by which rounds are compared."""
+        if self.stop.metric != "auto":
+            return self.stop.metric
+        return "accuracy" if self.eval.data else "loss"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config; `overrides` are `key=value`, with dots for inner keys and YAML values.
+
+    Relative paths in the file are taken from its folder, those in overrides from the working folder; `demo:NAME` is
+    a file of the package.
+
+    Errors: UserError, one line that names the file and the key.
+
+    >>> load_config("recipes/quickstart.yaml", ["rounds=2"]).rounds  # doctest: +SKIP
+    2
+    """
+    path = Path(path)
+    try:
+        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a config: it must hold `key: value` lines")
+    tree = _rebase(cast("dict[str, Any]", tree), path.parent)
+    for override in overrides:
+        key, eq, value = override.partition("=")
+        if not eq or not key:
+            raise UserError(f"override `{override}` is not key=value, e.g. rounds=2 or branch.steps=20")
+        node: Any = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = cast("dict[str, Any]", node).setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override `{override}`: `{parent}` has no inner keys")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise UserError(f"override `{override}`: the value is not YAML") from e
+    return parse_config(_rebase(tree, Path()), str(path))
+
+
+def parse_config(tree: Any, source: str) -> Config:
+    """Check a tree of settings; every error names `source` and the key, and the nearest right one."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        loc = ".".join(str(x) for x in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _keys_beside(first["loc"])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known)}"
+            raise UserError(f"{source}: `{loc}` is not a setting; {hint}") from e
+        what = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {f'`{loc}`: ' if loc else ''}{what[0].lower()}{what[1:]}") from e
+
+
+def demo_path(name: str = "") -> Path:
+    """The path of a file that the package carries, e.g. demo_path("student")."""
+    return Path(str(resources.files("mot_lora") / "demo" / name))
+
+
+def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+    groups: dict[str, type[Settings]] = {
+        "teachers": TeacherConfig,
+        "branch": BranchConfig,
+        "lora": LoraConfig,
+        "merge": MergeConfig,
+        "eval": EvalConfig,
+        "stop": StopConfig,
+    }
+    group = groups.get(str(loc[0]), Config) if len(loc) > 1 else Config
+    return list(group.model_fields)
+
+
+def _rebase(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the paths of a tree absolute; what does not exist as a file stays as it is (a Hub name)."""
+
+    def path(value: Any, must_be_file: bool = True) -> Any:
+        if isinstance(value, list):
+            return [path(v, must_be_file) for v in cast("list[Any]", value)]
+        if not isinstance(value, str):
+            return value
+        if value.startswith(DEMO):
+            return str(demo_path(value.removeprefix(DEMO)))
+        file = (folder / Path(value).expanduser()).resolve()
+        return str(file) if must_be_file or file.exists() else value
+
+    tree = dict(tree)
+    if "student" in tree:
+        tree["student"] = path(tree["student"], must_be_file=False)
+    teachers = tree.get("teachers")
+    if isinstance(teachers, list):
+        tree["teachers"] = [
+            {**t, "data": path(t["data"])} if isinstance(t, dict) and "data" in t else t
+            for t in cast("list[Any]", teachers)
+        ]
+    if isinstance(tree.get("eval"), dict) and "data" in tree["eval"]:
+        tree["eval"] = {**tree["eval"], "data": path(tree["eval"]["data"])}
+    return tree

@@ -1,0 +1,61 @@
+"""Cross entropy over the trained tokens only, a chunk of logits at a time."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+
+IGNORE = -100
+
+
+def trained_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a trained token, and those tokens.
+
+    hidden: [batch, length, width]; labels: [batch, length] int64, IGNORE where nothing is trained. Returns [n, width]
+    and [n].
+
+    >>> trained_tokens(torch.zeros(1, 3, 8), torch.tensor([[IGNORE, IGNORE, 5]]))[1]
+    tensor([5])
+    """
+    targets = labels[:, 1:]
+    trained = targets != IGNORE
+    return hidden[:, :-1][trained], targets[trained]
+
+
+def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int) -> Tensor:
+    """The summed loss of n tokens, - sum_i log softmax(head(h_i))[t_i], in nats; fp32 scalar.
+
+    hidden: [n, width]; head maps [m, width] to logits [m, vocabulary]; targets: [n] int64. The softmax is in fp32, and
+    logits are held for `chunk` tokens at once, forward and backward: each chunk is computed again for its gradient.
+
+    >>> chunked_cross_entropy(torch.zeros(4, 8), torch.nn.Linear(8, 2), torch.zeros(4, dtype=torch.int64), 2).shape
+    torch.Size([])
+    """
+
+    def part(h: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(head(h).float(), t, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for i in range(0, len(targets), chunk):
+        h, t = hidden[i : i + chunk], targets[i : i + chunk]
+        total = total + cast("Tensor", checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False))
+    return total
+
+
+def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Tensor, int]:
+    """The summed loss of a batch over its trained tokens, fp32, and how many they are.
+
+    model: a causal language model of transformers, with or without adapters inside; batch: input_ids, attention_mask
+    and labels, each [batch, length]. The head is applied to the trained positions alone. On a GPU the forward runs in
+    bf16.
+
+    >>> loss, n = batch_loss(model, collate(examples, pad_id), chunk=1024)  # doctest: +SKIP
+    """
+    device = cast("torch.device", model.device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        hidden, targets = trained_tokens(output.last_hidden_state, batch["labels"])
+        return chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, chunk), len(targets)
