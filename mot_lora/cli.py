@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from mot_lora.errors import UserError
 
@@ -38,11 +37,11 @@ def run(
     Example: mot-lora run recipes/quickstart.yaml rounds=2 output=runs/two
     """
     from mot_lora.config import load_config
-    from mot_lora.display import live, table
+    from mot_lora.display import live, screen, table
     from mot_lora.rounds import run as run_rounds
 
     settings = load_config(config, overrides or [])
-    console = Console(stderr=as_json)
+    console = screen(as_json)
     with live(console) as progress:
         record = run_rounds(settings, progress=progress)
     if as_json:
@@ -50,7 +49,7 @@ def run(
         return
     console.print(table(record))
     console.print(f"{record.stopped}; best by {record.metric}: {f'round {record.best}' if record.best else 'none'}")
-    console.print(f"run folder: {settings.output}", soft_wrap=True)
+    console.print(f"run folder: {settings.output} (report.html is its picture)", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -67,10 +66,10 @@ def export(
     """
     import torch
 
-    from mot_lora.display import live
+    from mot_lora.display import live, screen
     from mot_lora.export import export as export_round
 
-    console = Console(stderr=as_json)
+    console = screen(as_json)
     with live(console) as progress:
         number = export_round(run_folder, out, round=round, dtype=getattr(torch, dtype), progress=progress)
     if as_json:

@@ -49,10 +49,10 @@ class BranchConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fifty_steps(cls, value: Any) -> Any:
+    def _fifty_steps(cls, value: Any) -> object:
         if isinstance(value, dict) and "epochs" not in value:
             return {"steps": 50, **cast("dict[str, Any]", value)}
-        return value
+        return cast("object", value)
 
     @model_validator(mode="after")
     def _one_length(self) -> "BranchConfig":

