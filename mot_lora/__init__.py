@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mot_lora.export import export
     from mot_lora.lowrank import Adapter, Factors
     from mot_lora.merge import METHODS, Merged, dare_linear, dare_ties, linear, merge_adapters, ties
+    from mot_lora.records import EvaluationRecord, RunRecord, TrainRecord
     from mot_lora.rounds import run
 
 # On a CPU bitsandbytes suggests, while it is imported, a package that would fetch kernels from a hub at run time.
@@ -25,6 +26,7 @@ _ROOMS = {
     "export": ("export",),
     "lowrank": ("Adapter", "Factors"),
     "merge": ("METHODS", "Merged", "dare_linear", "dare_ties", "linear", "merge_adapters", "ties"),
+    "records": ("EvaluationRecord", "RunRecord", "TrainRecord"),
     "rounds": ("run",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -33,8 +35,11 @@ __all__ = [
     "METHODS",
     "Adapter",
     "Config",
+    "EvaluationRecord",
     "Factors",
     "Merged",
+    "RunRecord",
+    "TrainRecord",
     "UserError",
     "adapter_from_peft",
     "dare_linear",

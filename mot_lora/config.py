@@ -169,8 +169,8 @@ class Config(Settings):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config; `overrides` are `key=value`, with dots for inner keys and YAML values.
 
-    Relative paths in the file are taken from its folder, those in overrides from the working folder; `demo:NAME` is
-    a file of the package.
+    Relative paths of what is read are taken from the file's folder, in overrides from the working folder; so is
+    `output`, always. `demo:NAME` is a file of the package.
 
     Errors: UserError, one line that names the file and the key.
 

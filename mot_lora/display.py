@@ -22,7 +22,7 @@ from mot_lora.report import COLUMNS, table_rows
 
 
 def screen(as_json: bool) -> Console:
-    """Where people read: standard output, or standard error when JSON goes to the other; a log is as wide as the table."""
+    """Where people read: standard output, or standard error beside JSON; a log is as wide as the table."""
     console = Console(stderr=as_json)
     if not console.is_terminal:
         console.width = 110
