@@ -10,7 +10,7 @@ from mot_lora.records import EvaluationRecord, RunRecord
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #6b6b76; --line: #d9d9e0; --page: #fff }
 @media (prefers-color-scheme: dark) { :root { --ink: #ececf1; --soft: #9a9aa8; --line: #3a3a44; --page: #17171c } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem;
   color: var(--ink); background: var(--page) }
 h1 { font-size: 1.4rem } p, figcaption { color: var(--soft) } figure { margin: 1.5rem 0 }
 svg { width: 100%; height: auto } .scroll { overflow-x: auto }
@@ -97,7 +97,7 @@ def _chart(record: RunRecord) -> str:
     axes.errorbar(range(len(merged)), heights, bars, color="C0", marker="o", capsize=4, lw=2, label="merged student")
     axes.set_xticks(range(len(merged)), ["before", *(f"round {r.round}" for r in record.rounds)])
     axes.set_ylabel("accuracy, %" if by_accuracy else "held-out loss, nats a token")
-    axes.legend(frameon=False, labelcolor="#80808c")
+    figure.legend(loc="outside upper left", ncols=6, frameon=False, labelcolor="#80808c")
     axes.spines[["top", "right"]].set_visible(False)
     for part in (axes.xaxis.label, axes.yaxis.label, *axes.spines.values()):
         part.set_color("#80808c")  # readable on light and on dark
