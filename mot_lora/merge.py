@@ -45,7 +45,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
         return delta
     size = delta.abs()
     threshold = size.flatten().kthvalue(drop_count + 1).values
-    return delta * (size >= threshold)
+    return delta.masked_fill(size < threshold, 0.0)
 
 
 def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -61,8 +61,8 @@ def drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     _check_density(density)
     if density == 1:
         return delta
-    keep = torch.rand(delta.shape, generator=generator, device=generator.device) < density
-    return delta * keep.to(delta.device) / density
+    dropped = torch.rand(delta.shape, generator=generator, device=generator.device) >= density
+    return delta.masked_fill(dropped.to(delta.device), 0.0) / density
 
 
 def elect_sign(weighted: Tensor) -> Tensor:
