@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from mot_lora.base import Checkpoint, fold_checkpoint
+from mot_lora.base import fold_checkpoint
+from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.errors import UserError
 from mot_lora.ledger import read_ledger, read_run

@@ -19,8 +19,9 @@ from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.adapters import load_adapter
 from mot_lora.agreement import tally
-from mot_lora.base import Checkpoint, fold, load_model
+from mot_lora.base import fold, load_model
 from mot_lora.branch import add_adapter, reset_adapter
+from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, EvalConfig
 from mot_lora.data import Example, Question, encode_all, hold_out, load_tokenizer, read_questions, read_traces
 from mot_lora.errors import UserError

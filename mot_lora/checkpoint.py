@@ -1,0 +1,103 @@
+"""A model folder, W_0: opened read-only, one tensor at a time."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mot_lora.errors import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # what travels with the weights: tokenizer, templates, config
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder of safetensors shards, read one tensor at a time and never written.
+
+    Errors: UserError for a folder that is no model, an adapter, a .bin checkpoint or one that is already quantized.
+
+    >>> Checkpoint.open("Qwen/Qwen3-0.6B").tensor("model.norm.weight").shape  # doctest: +SKIP
+    torch.Size([1024])
+    """
+
+    path: Path
+    name: str
+
+    @classmethod
+    def open(cls, name: str | Path) -> "Checkpoint":
+        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache."""
+        path = Path(name)
+        if not path.is_dir():
+            path = _download(str(name))
+        if not (path / "config.json").exists():
+            what = "an adapter, not a model" if (path / "adapter_config.json").exists() else "not a model folder"
+            raise UserError(f"{name}: {what}: it has no config.json; give the folder or Hub name of the full model")
+        checkpoint = cls(path, str(name))
+        if "quantization_config" in checkpoint.config:
+            raise UserError(
+                f"{name}: its weights are stored quantized, so small updates would be lost in every fold; "
+                "give the original 16-bit model, it is quantized in memory"
+            )
+        if not checkpoint.files:  # looked up here, so that a missing or damaged shard is found before any work
+            raise UserError(f"{name}: its weights are empty")
+        return checkpoint
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        try:
+            return cast("dict[str, Any]", json.loads((self.path / "config.json").read_text(encoding="utf-8")))
+        except ValueError as e:
+            raise UserError(f"{self.path / 'config.json'}: not JSON ({e})") from e
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> the shard that holds it."""
+        shards = sorted(self.path.glob("*.safetensors"))
+        if (self.path / INDEX_FILE).exists():
+            index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
+            shards = sorted({self.path / file for file in index["weight_map"].values()})
+        if not shards:
+            raise UserError(f"{self.path}: has no .safetensors; save it again with save_pretrained of transformers")
+        found: dict[str, Path] = {}
+        for shard in shards:
+            try:
+                with safe_open(shard, "pt") as file:
+                    found |= dict.fromkeys(file.keys(), shard)
+            except Exception as e:  # safetensors raises its own and OSError alike
+                raise UserError(f"{shard}: missing or damaged ({e}); download the model again") from e
+        return found
+
+    def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """One tensor as it is stored."""
+        with safe_open(self.files[name], "pt", device=str(device)) as file:
+            return file.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """A hash of the config and of each shard's size, header and last MiB: cheap, and it tells two models apart."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in sorted(set(self.files.values())):
+            with shard.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                size = shard.stat().st_size
+                digest.update(f"{shard.name} {size}".encode() + file.read(header))
+                file.seek(max(8 + header, size - 2**20))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*COMPANIONS, "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"{name}: neither a folder here nor a model on the Hub that can be had now ({reason})") from e
