@@ -1,0 +1,129 @@
+"""The tally of a fold against dense arithmetic in fp64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mot_lora.agreement import tally
+from mot_lora.lowrank import Adapter, Factors
+from mot_lora.records import FoldRecord, Tally, add_tallies
+
+OUT, WIDTH = 6, 9
+
+
+def random_adapter(name: str, seed: int, modules: tuple[str, ...] = ("m", "n")) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        m: Factors(
+            torch.randn(seed + 1, WIDTH, generator=generator),
+            torch.randn(OUT, seed + 1, generator=generator),
+            0.01 * (seed + 1),
+        )
+        for m in modules
+    }
+    return Adapter(name, factors)
+
+
+def random_matrices(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A base, an update of about 1 % of it, and a change that has most of the update."""
+    generator = torch.Generator().manual_seed(seed)
+    base, update, noise = torch.randn(3, OUT, WIDTH, generator=generator)
+    return base, 0.01 * update, 0.009 * update + 0.001 * noise
+
+
+def dense(adapter: Adapter, module: str) -> Tensor:
+    f = adapter.factors.get(module)
+    return torch.zeros(OUT, WIDTH, dtype=torch.float64) if f is None else f.scaling * (f.b.double() @ f.a.double())
+
+
+def conflicts(updates: list[Tensor]) -> int:
+    """Entries that one branch raises and another lowers, one by one."""
+    columns = zip(*(u.flatten().tolist() for u in updates), strict=True)
+    return sum(any(x * y < 0 for x, y in itertools.combinations(entry, 2)) for entry in columns)
+
+
+def check(t: Tally, updates: list[Tensor], base: Tensor, update: Tensor, change: Tensor) -> None:
+    base, update, change = base.double(), update.double(), change.double()
+    assert t.entries == base.numel()
+    assert t.relative_norm == pytest.approx(float(update.norm() / base.norm()), rel=1e-6)
+    assert t.survived == pytest.approx(float((change * update).sum() / (update * update).sum()), rel=1e-6)
+    assert t.conflicts == conflicts(updates)
+    assert t.sign_conflict == conflicts(updates) / base.numel()
+    for i, x in enumerate(updates):
+        for j, y in enumerate(updates):
+            assert t.gram[i][j] == pytest.approx(float((x * y).sum()), rel=1e-9, abs=1e-12)
+            norms = float(x.norm() * y.norm())
+            assert t.cosine[i][j] == pytest.approx(float((x * y).sum()) / norms if norms else 0, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_a_tally_equals_dense_arithmetic(n: int) -> None:
+    adapters = [random_adapter(f"t{i}", i) for i in range(n)]
+    matrices = random_matrices(n)
+    t = tally(adapters, "m", *matrices)
+    check(t, [dense(a, "m") for a in adapters], *matrices)
+    assert (t.conflicts > 0) == (n > 1)
+
+
+def test_a_missing_module_conflicts_with_nothing() -> None:
+    adapters = [random_adapter("a", 0), random_adapter("b", 1, modules=("n",)), random_adapter("c", 2)]
+    matrices = random_matrices(0)
+    t = tally(adapters, "m", *matrices)
+    check(t, [dense(a, "m") for a in adapters], *matrices)
+    assert t.cosine[1] == (0, 0, 0)
+    assert t.conflicts == tally([adapters[0], adapters[2]], "m", *matrices).conflicts > 0
+
+
+def test_equal_and_opposite_branches() -> None:
+    a = random_adapter("a", 1)
+    minus = Adapter("minus", {m: Factors(f.a, f.b, -f.scaling) for m, f in a.factors.items()})
+    matrices = random_matrices(0)
+    same = tally([a, Adapter("twin", a.factors)], "m", *matrices)
+    assert same.sign_conflict == 0
+    assert same.cosine[0][1] == pytest.approx(1)
+    opposite = tally([a, minus], "m", *matrices)
+    assert opposite.sign_conflict == 1
+    assert opposite.cosine[0][1] == pytest.approx(-1)
+
+
+def test_added_tallies_are_the_tally_of_the_modules_together() -> None:
+    adapters = [random_adapter("a", 0), random_adapter("b", 1, modules=("n",)), random_adapter("c", 2)]
+    parts = {m: random_matrices(i) for i, m in enumerate("mn")}
+    total = add_tallies(tally(adapters, m, *matrices) for m, matrices in parts.items())
+    updates = [torch.cat([dense(a, m) for m in parts]) for a in adapters]
+    together = [torch.cat(matrices) for matrices in zip(*parts.values(), strict=True)]
+    check(total, updates, *together)
+    record = FoldRecord.of(total)
+    assert record.relative_norm == pytest.approx(float(together[1].norm() / together[0].norm()), rel=1e-6)
+    assert (record.survived, record.sign_conflict, record.cosine) == (
+        total.survived,
+        total.sign_conflict,
+        total.cosine,
+    )
+
+
+def test_adding_up_one_tally_or_none() -> None:
+    one = tally([random_adapter("a", 0)], "m", *random_matrices(0))
+    assert add_tallies([one]) == one
+    with pytest.raises(ValueError, match="no tallies"):
+        add_tallies([])
+
+
+def test_an_update_of_nothing_has_no_survival() -> None:
+    base, nothing = torch.ones(OUT, WIDTH), torch.zeros(OUT, WIDTH)
+    f = Factors(torch.ones(1, WIDTH), torch.zeros(OUT, 1))
+    t = tally([Adapter("a", {"m": f}), Adapter("b", {"m": f})], "m", base, nothing, nothing)
+    assert (t.survived, t.relative_norm, t.sign_conflict, t.cosine) == (None, 0, 0, ((0, 0), (0, 0)))
+    on_zeros = tally([random_adapter("a", 0)], "m", nothing, base, base)
+    assert on_zeros.relative_norm == math.inf
+    assert on_zeros.survived == 1
+
+
+def test_a_change_that_rounding_took_away_did_not_survive() -> None:
+    base, update, _ = random_matrices(0)
+    adapters = [random_adapter("a", 0)]
+    assert tally(adapters, "m", base, update, torch.zeros_like(base)).survived == 0
+    assert tally(adapters, "m", base, update, -0.5 * update).survived == pytest.approx(-0.5)

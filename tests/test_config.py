@@ -1,0 +1,442 @@
+"""Configs: what is read, and that every mistake is one line that names the file and the key."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mot_lora.config import Config, demo_path, load_config, parse_config
+from mot_lora.errors import UserError
+
+MINIMAL: dict[str, Any] = {"student": "Qwen/Qwen3-0.6B", "teachers": [{"name": "a", "data": "a.jsonl"}]}
+FULL: dict[str, Any] = {
+    "student": "Qwen/Qwen3-0.6B",
+    "teachers": [{"name": "a", "data": "a.jsonl"}, {"name": "b", "data": ["b.jsonl", "c.jsonl"]}],
+    "rounds": 3,
+    "branch": {"steps": 20, "learning_rate": 2e-4, "schedule": "linear"},
+    "lora": {"r": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj"], "rslora": True},
+    "quantization": "none",
+    "merge": {"method": "ties", "density": 0.5, "weights": [1, 2.5], "scale": 0.9},
+    "eval": {"data": "test.jsonl", "samples": 4, "temperature": 0.6},
+    "stop": {"metric": "accuracy", "patience": 2},
+    "seed": 7,
+    "output": "out",
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[Any], Path]:
+    """Write a tree, or text, as a config file in a folder of its own."""
+
+    def write(tree: Any) -> Path:
+        (tmp_path / "recipes").mkdir(exist_ok=True)
+        file = tmp_path / "recipes" / "recipe.yaml"
+        file.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return file
+
+    return write
+
+
+Write = Callable[[Any], Path]
+
+
+def message_of(file: Path, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(UserError) as e:
+        load_config(file, overrides)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read(write: Write) -> None:
+    config = load_config(write(FULL))
+    assert config.rounds == 3
+    assert config.branch.steps == 20
+    assert config.branch.learning_rate == 2e-4
+    assert config.branch.schedule == "linear"
+    assert (config.lora.r, config.lora.alpha, config.lora.rslora) == (8, 16, True)
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.quantization == "none"
+    assert config.merge.model_dump() == {"method": "ties", "density": 0.5, "weights": (1.0, 2.5), "scale": 0.9}
+    assert (config.eval.samples, config.eval.temperature) == (4, 0.6)
+    assert (config.stop.metric, config.stop.patience, config.seed) == ("accuracy", 2, 7)
+    assert [t.name for t in config.teachers] == ["a", "b"]
+
+
+def test_what_is_left_out_has_the_documented_default(write: Write) -> None:
+    config = load_config(str(write(MINIMAL)))
+    assert config == Config.model_validate({**MINIMAL, "teachers": [{"name": "a", "data": config.teachers[0].data}]})
+    assert (config.merge.method, config.merge.density, config.merge.weights) == ("linear", None, None)
+    assert (config.branch.steps, config.branch.epochs, config.quantization) == (50, None, "nf4")
+
+
+def test_epochs_take_the_place_of_steps(write: Write) -> None:
+    branch = load_config(write({**MINIMAL, "branch": {"epochs": 1.5}})).branch
+    assert (branch.steps, branch.epochs) == (None, 1.5)
+
+
+def test_a_config_survives_being_written_and_read(write: Write) -> None:
+    config = load_config(write(FULL))
+    assert load_config(write(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_a_config_is_frozen(write: Write) -> None:
+    config = load_config(write(MINIMAL))
+    with pytest.raises(ValidationError):
+        config.rounds = 9  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric"),
+    [
+        ({}, "loss"),
+        ({"eval": {"data": "x.jsonl"}}, "accuracy"),
+        ({"eval": {"data": "x.jsonl"}, "stop": {"metric": "loss"}}, "loss"),
+        ({"eval": {"data": "x.jsonl", "holdout": 0}}, "accuracy"),
+    ],
+)
+def test_the_metric_follows_what_is_measured(write: Write, changes: dict[str, Any], metric: str) -> None:
+    assert load_config(write({**MINIMAL, **changes})).metric == metric
+
+
+# --- paths -------------------------------------------------------------------------------------------
+
+
+def test_paths_are_relative_to_the_file(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tree = {**FULL, "student": "../student"}
+    tree["teachers"] = [{"name": "a", "data": "../data/a.jsonl"}, {"name": "b", "data": ["b.jsonl", "/abs/c.jsonl"]}]
+    (tmp_path / "student").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    file = write(tree)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path in (file, Path("../recipes/recipe.yaml")):
+        config = load_config(path)
+        assert config.student == str(tmp_path / "student")
+        assert config.teachers[0].files == (str(tmp_path / "data" / "a.jsonl"),)
+        assert config.teachers[1].files == (str(tmp_path / "recipes" / "b.jsonl"), "/abs/c.jsonl")
+        assert config.eval.data == str(tmp_path / "recipes" / "test.jsonl")
+
+
+def test_the_output_is_in_the_working_folder(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = write({**MINIMAL, "output": "runs/one"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Path(load_config(file).output).resolve() == tmp_path / "elsewhere" / "runs" / "one"
+    assert Path(load_config(file, ["output=two"]).output).resolve() == tmp_path / "elsewhere" / "two"
+
+
+def test_paths_of_overrides_are_relative_to_the_working_folder(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = write(FULL)
+    (tmp_path / "elsewhere" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load_config(
+        file, ["eval.data=x.jsonl", "student=model", "teachers=[{name: z, data: y.jsonl}]", "merge={}"]
+    )
+    assert config.eval.data == str(tmp_path / "elsewhere" / "x.jsonl")
+    assert config.student == str(tmp_path / "elsewhere" / "model")
+    assert config.teachers[0].files == (str(tmp_path / "elsewhere" / "y.jsonl"),)
+
+
+def test_a_student_that_is_no_folder_is_a_name_on_the_hub(write: Write) -> None:
+    assert load_config(write(MINIMAL)).student == "Qwen/Qwen3-0.6B"
+    assert load_config(write(MINIMAL), ["student=Qwen/Qwen3-8B"]).student == "Qwen/Qwen3-8B"
+
+
+def test_a_name_on_the_hub_in_the_file_is_not_looked_up_in_the_working_folder(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = write(MINIMAL)
+    (tmp_path / "elsewhere" / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config(file).student == "Qwen/Qwen3-0.6B"
+
+
+def test_demo_paths_are_files_of_the_package(write: Write) -> None:
+    tree = {**MINIMAL, "student": "demo:student", "eval": {"data": "demo:heldout.jsonl"}}
+    tree["teachers"] = [{"name": "a", "data": "demo:teachers/steps.jsonl"}]
+    config = load_config(write(tree))
+    assert config.student == str(demo_path("student"))
+    assert Path(config.student).is_dir()
+    assert config.teachers[0].files == (str(demo_path("teachers/steps.jsonl")),)
+    assert config.eval.data == str(demo_path("heldout.jsonl"))
+    assert load_config(write(MINIMAL), ["student=demo:student"]).student == config.student
+
+
+def test_home_is_known(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = load_config(write({**MINIMAL, "eval": {"data": "~/test.jsonl"}}))
+    assert config.eval.data == str(tmp_path / "home" / "test.jsonl")
+
+
+# --- overrides ---------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_inner_keys_and_hold_yaml(write: Write) -> None:
+    file = write(FULL)
+    config = load_config(
+        file,
+        [
+            "rounds=9",
+            "branch.learning_rate=3e-5",
+            "branch.steps=null",
+            "branch.epochs=2",
+            "merge.weights=[3, 4]",
+            "eval.data=a=b.jsonl",
+            "lora.rslora=false",
+        ],
+    )
+    assert (config.rounds, config.branch.learning_rate, config.branch.epochs) == (9, 3e-5, 2)
+    assert config.merge.weights == (3, 4)
+    assert config.merge.density == 0.5
+    assert config.eval.data is not None
+    assert config.eval.data.endswith("/a=b.jsonl")
+    assert config.lora.rslora is False
+    assert load_config(file, ["rounds=1", "rounds=2"]).rounds == 2
+
+
+def test_overrides_make_groups_that_the_file_lacks(write: Write) -> None:
+    assert load_config(write(MINIMAL), ["branch.steps=3", "branch.batch_size=2"]).branch.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("rounds", ["`rounds`", "not key=value"]),
+        ("=3", ["`=3`", "not key=value"]),
+        ("rounds.x=3", ["`rounds.x=3`", "`rounds` has no inner keys"]),
+        ("teachers.0.name=z", ["`teachers` has no inner keys"]),
+        ("rounds=[1", ["`rounds=[1`", "not YAML"]),
+        ("rounds=2026-13-45", ["rounds"]),
+        ("seed=0x_", ["seed"]),
+        ("rouds=3", ["recipe.yaml", "`rouds`", "`rounds`"]),
+        ("branch.step=3", ["recipe.yaml", "`branch.step`", "`steps`"]),
+        ("rounds=three", ["recipe.yaml", "`rounds`"]),
+    ],
+)
+def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]) -> None:
+    message = message_of(write(FULL), (override,))
+    assert all(n in message for n in named), message
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rouds": 3}, ["`rouds` is not a setting", "did you mean `rounds`?"]),
+        ({"branch": {"lerning_rate": 1}}, ["`branch.lerning_rate`", "did you mean `learning_rate`?"]),
+        ({"merge": {"desnity": 1}}, ["`merge.desnity`", "did you mean `density`?"]),
+        ({"lora": {"alhpa": 1}}, ["`lora.alhpa`", "did you mean `alpha`?"]),
+        ({"eval": {"tempreature": 1}}, ["`eval.tempreature`", "did you mean `temperature`?"]),
+        ({"stop": {"patients": 1}}, ["`stop.patients`", "did you mean `patience`?"]),
+        ({"teachers": [{"name": "a", "date": "x"}]}, ["teachers.0.data"]),
+        ({"teachers": [{"name": "a", "data": "x", "dat": "x"}]}, ["`teachers.0.dat`", "did you mean `data`?"]),
+        ({"stop": {"zzzzzz": 1}}, ["`stop.zzzzzz`", "metric, patience"]),
+        ({"branch": {"steps": 3, "epochs": 1}}, ["`branch`", "either `steps` or `epochs`"]),
+        ({"branch": {"steps": None}}, ["`branch`", "either `steps` or `epochs`"]),
+        ({"branch": {"steps": 0}}, ["`branch.steps`", "greater than or equal to 1"]),
+        ({"branch": {"epochs": 0}}, ["`branch.epochs`", "greater than 0"]),
+        ({"branch": {"warmup": 1}}, ["`branch.warmup`", "less than 1"]),
+        ({"branch": {"schedule": "step"}}, ["`branch.schedule`", "'cosine'"]),
+        ({"branch": {"learning_rate": float("inf")}}, ["`branch.learning_rate`", "finite"]),
+        ({"branch": {"learning_rate": "1 e-4"}}, ["`branch.learning_rate`", "number"]),
+        ({"branch": None}, ["`branch`"]),
+        ({"lora": {"r": 0}}, ["`lora.r`"]),
+        ({"lora": {"r": 2.5}}, ["`lora.r`", "integer"]),
+        ({"lora": {"alpha": 0}}, ["`lora.alpha`"]),
+        ({"quantization": "int4"}, ["`quantization`", "'nf4', 'int8' or 'none'"]),
+        ({"merge": {"method": "tie"}}, ["`merge.method`", "'ties'"]),
+        ({"merge": {"method": "ties"}}, ["`merge`", "`ties` needs a `density`"]),
+        ({"merge": {"method": "dare_linear"}}, ["`merge`", "`dare_linear` needs a `density`"]),
+        ({"merge": {"method": "dare_ties"}}, ["`merge`", "`dare_ties` needs a `density`"]),
+        ({"merge": {"density": 0.5}}, ["`merge`", "`linear` takes no `density`"]),
+        ({"merge": {"method": "ties", "density": 0}}, ["`merge.density`", "greater than 0"]),
+        ({"merge": {"method": "ties", "density": 1.1}}, ["`merge.density`", "less than or equal to 1"]),
+        ({"merge": {"weights": [1, 2]}}, ["merge.weights", "2 numbers for 1 teachers"]),
+        ({"merge": {"weights": [-1]}}, ["merge.weights", "negative"]),
+        ({"merge": {"weights": [0]}}, ["merge.weights", "all 0"]),
+        ({"merge": {"weights": [float("nan")]}}, ["merge.weights", "finite"]),
+        ({"merge": {"weights": [float("inf")]}}, ["merge.weights", "finite"]),
+        ({"merge": {"weights": ["x"]}}, ["merge.weights"]),
+        ({"merge": {"scale": 0}}, ["`merge.scale`"]),
+        ({"merge": {"scale": float("inf")}}, ["`merge.scale`", "finite"]),
+        ({"eval": {"samples": 4}}, ["`eval`", "`samples`", "`temperature`"]),
+        ({"eval": {"top_p": 0}}, ["`eval.top_p`"]),
+        ({"eval": {"holdout": 1}}, ["`eval.holdout`"]),
+        ({"eval": {"temperature": -1}}, ["`eval.temperature`"]),
+        ({"stop": {"metric": "accuracy"}}, ["stop.metric", "needs `eval.data`"]),
+        ({"stop": {"metric": "loss"}, "eval": {"holdout": 0}}, ["stop.metric", "`eval.holdout`"]),
+        ({"eval": {"holdout": 0}}, ["stop.metric", "`eval.holdout`"]),
+        ({"stop": {"patience": 0}}, ["`stop.patience`"]),
+        ({"teachers": []}, ["`teachers`", "at least 1"]),
+        ({"teachers": "a.jsonl"}, ["`teachers`"]),
+        ({"teachers": ["a.jsonl"]}, ["`teachers.0`"]),
+        ({"teachers": [{"name": "a"}]}, ["`teachers.0.data`"]),
+        ({"teachers": [{"name": "a/b", "data": "x"}]}, ["`teachers.0.name`"]),
+        ({"teachers": [{"name": "..", "data": "x"}]}, ["`teachers.0.name`"]),
+        ({"teachers": [{"name": "-x", "data": "x"}]}, ["`teachers.0.name`"]),
+        ({"teachers": [{"name": "", "data": "x"}]}, ["`teachers.0.name`"]),
+        ({"teachers": [{"name": "a\n", "data": "x"}]}, ["`teachers.0.name`"]),
+        ({"teachers": [{"name": "a", "data": "x"}, {"name": "a", "data": "y"}]}, ["`teachers`", "twice: a"]),
+        ({"teachers": [{"name": "a", "data": []}]}, ["teachers.0.data"]),
+        ({"student": None}, ["`student`"]),
+        ({"student": 5}, ["`student`"]),
+        ({"rounds": 0}, ["`rounds`"]),
+        ({"device": "tpu"}, ["`device`", "'cuda'"]),
+        ({5: 6}, ["5"]),
+    ],
+    ids=str,
+)
+def test_each_mistake_names_the_file_and_the_key(write: Write, changes: dict[Any, Any], named: list[str]) -> None:
+    file = write({**MINIMAL, **changes})
+    message = message_of(file)
+    assert message.startswith(f"{file}: ")
+    assert all(n in message for n in named), message
+
+
+@pytest.mark.parametrize("key", ["student", "teachers"])
+def test_a_missing_key_is_named(write: Write, key: str) -> None:
+    message = message_of(write({k: v for k, v in MINIMAL.items() if k != key}))
+    assert f"recipe.yaml: `{key}`: field required" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "key: value"),
+        ("- a\n- b\n", "key: value"),
+        ("just text", "key: value"),
+        ("a: [1,\nb: 2\n", "not YAML"),
+        ("a: b: c\n", "not YAML"),
+        ("\tstudent: x\n", "not YAML"),
+        ("student: !!python/object:os.system x\n", "not YAML"),
+        ("seed: 2026-13-45\n", "not YAML"),
+        ("seed: 0x_\n", "not YAML"),
+        ("[a]: b\n? {c: d}\n: e\n", "recipe.yaml"),
+        ("eval: {data: &x [*x]}\nstudent: s\nteachers: [{name: a, data: b}]\n", "eval.data"),
+        (yaml.safe_dump({**MINIMAL, "student": "~nobody-of-this-name/x"}), "student"),
+        (yaml.safe_dump({**MINIMAL, "student": "x\0y"}), "student"),
+        (yaml.safe_dump({**MINIMAL, "eval": {"data": "x\0y"}}), "data"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(write: Write, text: str, named: str) -> None:
+    file = write(text)
+    message = message_of(file)
+    assert str(file) in message
+    assert named in message
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.yaml") in message_of(tmp_path / "none.yaml")
+    assert str(tmp_path) in message_of(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"student: \xff\xfe")
+    assert "not YAML" in message_of(tmp_path / "bytes.yaml")
+
+
+def test_a_tree_from_elsewhere_names_its_source() -> None:
+    with pytest.raises(UserError, match=r"^somewhere: `rounds`: "):
+        parse_config({**MINIMAL, "rounds": -1}, "somewhere")
+
+
+# --- anything else -----------------------------------------------------------------------------------
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.dates()
+    | st.binary(max_size=4)
+    | st.text(max_size=8)
+    | st.sampled_from(["~", "~x", "demo:", "..", "/", "loss", "ties", "x" * 300])
+)
+trees = st.recursive(
+    leaves, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), x, max_size=3)
+)
+
+
+def paths_of(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else []
+    return [path, *(p for k, v in items for p in paths_of(v, (*path, k)))]
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_no_tree_raises_anything_but_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    tree: Any = copy.deepcopy(FULL)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(paths_of(tree)[1:] or [()]))
+        if not path:
+            break
+        node = tree
+        for key in path[:-1]:
+            node = node[key]
+        change = data.draw(st.sampled_from(["replace", "remove", "add"]))
+        if change == "replace":
+            node[path[-1]] = data.draw(trees)
+        elif change == "remove":
+            del node[path[-1]]
+        elif isinstance(node, dict):
+            node[data.draw(st.text(max_size=6))] = data.draw(trees)
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_text(yaml.safe_dump(tree, allow_unicode=False), encoding="utf-8")
+    try:
+        load_config(file)
+        message = str(file)
+    except UserError as e:
+        message = str(e)
+    assert str(file) in message
+    assert len(message.splitlines()) == 1
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_no_text_raises_anything_but_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    text = yaml.safe_dump(FULL)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text)))
+        inserted = data.draw(
+            st.text(max_size=4) | st.sampled_from(["[", "&a ", "*a", "<<: ", "!!int ", ": ", "\n  ", "|"])
+        )
+        text = text[:at] + inserted + text[at + data.draw(st.integers(0, 3)) :]
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        load_config(file)
+        message = str(file)
+    except UserError as e:
+        message = str(e)
+    assert str(file) in message
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(["rounds", "branch.steps", "merge", "student", "teachers", "eval.data", "a.b.c", "lora."]),
+    st.text(max_size=8),
+)
+def test_no_override_raises_anything_but_a_user_error(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: str
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "plain.yaml"
+    file.write_text(yaml.safe_dump(FULL))
+    try:
+        load_config(file, [f"{key}={value}"])
+        message = key
+    except UserError as e:
+        message = str(e)
+    assert message

@@ -1,0 +1,235 @@
+"""The chunked loss against a plain cross entropy over all logits, in value and in gradient."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mot_lora.loss import IGNORE, batch_loss, chunked_cross_entropy, trained_tokens
+
+VOCABULARY, WIDTH = 37, 8
+
+
+class CountingHead(torch.nn.Linear):
+    """A head that notes for how many tokens it was asked at once."""
+
+    def __init__(self, *, bias: bool = False) -> None:
+        super().__init__(WIDTH, VOCABULARY, bias=bias)
+        self.sizes: list[int] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.sizes.append(input.shape[0])
+        return super().forward(input)
+
+
+def random_tokens(n: int, seed: int = 0) -> tuple[CountingHead, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    hidden = torch.randn(n, WIDTH, requires_grad=True)
+    return CountingHead(), hidden, torch.randint(VOCABULARY, (n,))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**32))
+def test_chunks_add_up_to_the_whole(n: int, chunk: int, seed: int) -> None:
+    head, hidden, targets = random_tokens(n, seed)
+    expected = F.cross_entropy(F.linear(hidden, head.weight), targets, reduction="sum")
+    expected_grads = torch.autograd.grad(expected, [hidden, head.weight])
+    loss = chunked_cross_entropy(hidden, head, targets, chunk)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, [hidden, head.weight]), expected_grads)
+
+
+@pytest.mark.parametrize(("n", "chunk"), [(10, 3), (9, 3), (7, 7), (2, 5), (5, 1)])
+def test_logits_of_a_chunk_are_the_most_that_is_made_at_once(n: int, chunk: int) -> None:
+    head, hidden, targets = random_tokens(n)
+    loss = chunked_cross_entropy(hidden, head, targets, chunk)
+    assert max(head.sizes) <= chunk
+    assert sum(head.sizes) == n
+    forward = len(head.sizes)
+    loss.backward()
+    # each chunk once more for its gradient: no logits were kept
+    assert max(head.sizes) <= chunk
+    assert sum(head.sizes[forward:]) == n
+
+
+def test_no_logits_are_kept_for_the_backward_pass() -> None:
+    head, hidden, targets = random_tokens(64)
+    kept: list[int] = []
+
+    def note(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        F.cross_entropy(head(hidden), targets, reduction="sum")
+    assert max(kept) >= 64 * VOCABULARY
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        chunked_cross_entropy(hidden, head, targets, 16)
+    assert max(kept, default=0) < 16 * VOCABULARY
+
+
+def test_the_softmax_is_in_fp32() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(16, WIDTH).bfloat16() * 4, torch.nn.Linear(WIDTH, VOCABULARY).bfloat16()
+    targets = torch.randint(VOCABULARY, (16,))
+    expected = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    loss = chunked_cross_entropy(hidden, head, targets, 5)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    # a softmax in bf16 would differ by more than the comparison allows
+    assert (F.cross_entropy(head(hidden), targets, reduction="sum").float() - expected).abs() > 1e-3
+
+
+def test_no_tokens_lose_nothing() -> None:
+    head, hidden, targets = random_tokens(0)
+    assert chunked_cross_entropy(hidden, head, targets, 4).item() == 0
+    assert head.sizes == []
+
+
+def test_a_hidden_state_predicts_the_next_token() -> None:
+    hidden = torch.arange(8.0).view(2, 4, 1)
+    labels = torch.tensor([[9, 1, IGNORE, 3], [IGNORE, IGNORE, 2, IGNORE]])
+    states, targets = trained_tokens(hidden, labels)
+    # the label at position 0 has nothing before it that could predict it
+    assert targets.tolist() == [1, 3, 2]
+    assert states.flatten().tolist() == [0, 2, 5]
+
+
+# --- real models --------------------------------------------------------------------------------------
+
+
+def load(student: Path) -> PeftModel:
+    """The student in fp32 with an adapter whose A and B both get gradients."""
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return adapted
+
+
+def padded_batch(vocabulary: int, lengths: tuple[int, ...] = (11, 7, 4), prompts: tuple[int, ...] = (4, 2, 1)) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    longest = max(lengths)
+    tokens = torch.randint(4, vocabulary, (len(lengths), longest), generator=generator)
+    position = torch.arange(longest)
+    mask = position < torch.tensor(lengths)[:, None]
+    trained = mask & (position >= torch.tensor(prompts)[:, None])
+    return {
+        "input_ids": tokens.where(mask, 0),
+        "attention_mask": mask.long(),
+        "labels": tokens.where(trained, IGNORE),
+    }
+
+
+def plain_loss(model: torch.nn.Module, batch: Any) -> Tensor:
+    """All logits at once, each row by itself and without padding."""
+    losses: list[Tensor] = []
+    for i in range(len(batch["input_ids"])):
+        n = int(batch["attention_mask"][i].sum())
+        logits = model(input_ids=batch["input_ids"][i : i + 1, :n]).logits[0].float()
+        losses.append(F.cross_entropy(logits[:-1], batch["labels"][i, 1:n], ignore_index=IGNORE, reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_models_loss_is_the_plain_cross_entropy(student: Path, chunk: int, in_training: bool) -> None:
+    adapted = load(student).train(in_training)
+    model: Any = adapted.get_base_model()
+    batch = padded_batch(model.config.vocab_size)
+    expected = plain_loss(model, batch)
+    expected.backward()
+    expected_grads = gradients(adapted)
+    loss, n = batch_loss(model, batch, chunk)
+    loss.backward()
+    grads = gradients(adapted)
+    assert n == 7 + 5 + 3
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    assert len(grads) == 2 * 7 * 2  # A and B of seven modules in two layers, and nothing of the base
+    assert all(g.abs().max() > 1e-4 for g in expected_grads.values())
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_reach_every_weight_of_a_model_without_adapters(student: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    batch = padded_batch(model.config.vocab_size)
+    plain_loss(model, batch).backward()
+    expected = gradients(model)
+    batch_loss(model, batch, 4)[0].backward()
+    grads = gradients(model)
+    assert grads.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(student: Path) -> None:
+    adapted = load(student).train()
+    model: Any = adapted.get_base_model()
+    batch = padded_batch(model.config.vocab_size)
+    plain, _ = batch_loss(model, batch, 4)
+    plain.backward()
+    expected = gradients(adapted)
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable()
+    loss, _ = batch_loss(model, batch, 4)
+    loss.backward()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(gradients(adapted), expected)
+
+
+def test_what_is_not_trained_contributes_nothing(student: Path) -> None:
+    model: Any = load(student).get_base_model()
+    batch = padded_batch(model.config.vocab_size)
+    with torch.no_grad():
+        loss, n = batch_loss(model, batch, 4)
+        # other padding, and a last token that predicts nothing and is not trained
+        changed = {k: t.clone() for k, t in batch.items()}
+        changed["input_ids"][batch["attention_mask"] == 0] = 5
+        torch.testing.assert_close(batch_loss(model, changed, 4)[0], loss)
+        # each trained token counts by itself: taking one away takes its loss away
+        one_less = {**batch, "labels": batch["labels"].clone()}
+        one_less["labels"][0, 6] = IGNORE
+        less, m = batch_loss(model, one_less, 4)
+        only = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+        only["labels"][0, 6] = batch["labels"][0, 6]
+        single, k = batch_loss(model, only, 4)
+        assert (m, k) == (n - 1, 1)
+        assert single > 0
+        torch.testing.assert_close(less + single, loss)
+
+
+def test_a_batch_without_trained_tokens_costs_nothing(qwen3: Path) -> None:
+    model: Any = load(qwen3).get_base_model()
+    batch = padded_batch(model.config.vocab_size)
+    loss, n = batch_loss(model, {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}, 4)
+    assert (loss.item(), n) == (0, 0)
+
+
+def test_the_head_of_a_model_sees_trained_tokens_only(student: Path) -> None:
+    model: Any = load(student).get_base_model()
+    batch = padded_batch(model.config.vocab_size)
+    sizes: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: sizes.append(logits.shape[0]))
+    with torch.no_grad():
+        batch_loss(model, batch, 4)
+    assert sizes == [4, 4, 4, 3]
