@@ -1,0 +1,414 @@
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from conftest import MakeAdapter
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mot_lora import UserError, fold_checkpoint, load_adapter, merge_adapters
+from mot_lora.base import fold, load_model, read_weight
+from mot_lora.branch import add_adapter
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.config import LoraConfig
+from mot_lora.lowrank import Adapter, Factors
+from mot_lora.merge import Merged
+
+CPU = torch.device("cpu")
+
+
+def true_updates(folder: Path) -> dict[str, torch.Tensor]:
+    """alpha/r * B @ A of a plain LoRA folder in fp64, by module, without the package."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): config["lora_alpha"]
+        / config["r"]
+        * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())
+        for key, a in tensors.items()
+        if key.endswith("lora_A.weight")
+    }
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, without the package."""
+    return {k: v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
+
+
+def requantized(value: torch.Tensor, quantization: str) -> torch.Tensor:
+    if quantization == "nf4":
+        return bnb.dequantize_4bit(*bnb.quantize_4bit(value.float(), quant_type="nf4", compress_statistics=True))
+    if quantization == "int8":
+        codes, scales, _ = bnb.int8_vectorwise_quant(value.half())
+        return codes.float() * scales[:, None] / 127
+    return value.float()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+def peft_student(path: Path, quantization: str = "nf4") -> tuple[Checkpoint, PeftModel]:
+    checkpoint = Checkpoint.open(path)
+    return checkpoint, add_adapter(load_model(checkpoint, quantization, CPU), LoraConfig(r=4, alpha=8))
+
+
+def linear_layers(model: PeftModel) -> dict[str, Any]:
+    return {n: m.get_base_layer() for n, m in model.get_base_model().named_modules() if hasattr(m, "get_base_layer")}
+
+
+def small_update(path: Path, size: float, seed: int) -> Merged:
+    """A rank-4 update of every linear layer with |D|/|W| = size in each."""
+    generator = torch.Generator().manual_seed(seed)
+    factors: dict[str, Factors] = {}
+    for name, weight in stored(path).items():
+        if "_proj" in name:
+            a = torch.randn(4, weight.shape[1], generator=generator)
+            b = torch.randn(weight.shape[0], 4, generator=generator)
+            norm = (b @ a).norm()
+            factors[name.removesuffix(".weight")] = Factors(a, b * (size * weight.float().norm() / norm))
+    return merge_adapters([Adapter(f"update{seed}", factors)])
+
+
+# --- the checkpoint ------------------------------------------------------------------------------
+
+
+def test_opens_one_file_and_shards(qwen3: Path, llama: Path) -> None:
+    for path, sharded in ((qwen3, True), (llama, False)):
+        checkpoint = Checkpoint.open(path)
+        want = stored(path)
+        assert set(checkpoint.files) == set(want)
+        assert (len(set(checkpoint.files.values())) > 1) is sharded
+        for name, tensor in want.items():
+            got = checkpoint.tensor(name)
+            assert got.dtype == torch.bfloat16
+            assert torch.equal(got, tensor)
+
+
+def test_fingerprint_tells_models_apart_and_nothing_else(student: Path, tmp_path: Path) -> None:
+    before = Checkpoint.open(student).fingerprint()
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(student, copy)
+    (copy / "tokenizer_config.json").write_text((copy / "tokenizer_config.json").read_text() + "\n")
+    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()), indent=7))
+    assert Checkpoint.open(copy).fingerprint() == before
+
+    shard = max(copy.glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert Checkpoint.open(copy).fingerprint() != before
+    shard.write_bytes(content)
+    assert Checkpoint.open(copy).fingerprint() == before
+
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    assert Checkpoint.open(copy).fingerprint() != before
+
+
+def test_refuses_what_is_no_16_bit_model(qwen3: Path, tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(qwen3, tmp_path / name))
+
+    with pytest.raises(UserError, match="an adapter, not a model"):
+        Checkpoint.open(make_adapter(qwen3, "adapter"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        Checkpoint.open(tmp_path / "empty")
+    with pytest.raises(UserError, match="neither a folder here nor a model on the Hub"):
+        Checkpoint.open("nobody/nothing")
+
+    path = damaged("no-shard")
+    gone = sorted(path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UserError, match=gone.name):
+        Checkpoint.open(path)
+
+    path = damaged("truncated")
+    cut = sorted(path.glob("*.safetensors"))[1]
+    cut.write_bytes(cut.read_bytes()[:-10])
+    with pytest.raises(UserError, match=cut.name):
+        Checkpoint.open(path)
+
+    path = damaged("quantized")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(UserError, match="stored quantized"):
+        Checkpoint.open(path)
+
+    path = damaged("no-weights")
+    for file in [*path.glob("*.safetensors"), path / "model.safetensors.index.json"]:
+        file.unlink()
+    with pytest.raises(UserError, match=r"no \.safetensors"):
+        Checkpoint.open(path)
+
+    path = damaged("bad-config")
+    (path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]"])
+def test_refuses_a_broken_index(qwen3: Path, tmp_path: Path, index: str) -> None:
+    path = Path(shutil.copytree(qwen3, tmp_path / "copy"))
+    (path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="index"):
+        Checkpoint.open(path)
+
+
+# --- folding into memory -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_fold_is_one_rounding_of_the_exact_sum(
+    student: Path, make_adapter: MakeAdapter, quantization: str, tmp_path: Path
+) -> None:
+    folders = [make_adapter(student, name, seed=i) for i, name in enumerate("abc")]
+    a, b, c = (load_adapter(f) for f in folders)
+    ledger = [merge_adapters([a, b]), merge_adapters([c])]
+    before = hashes(student)
+    checkpoint, model = peft_student(student, quantization)
+    unfolded = {name: read_weight(layer) for name, layer in linear_layers(model).items()}
+    folded = {f.module: f for f in fold(model, checkpoint, ledger)}
+
+    base = stored(student)
+    true_a, true_b, true_c = (true_updates(f) for f in folders)
+    assert set(folded) == set(true_a) == set(linear_layers(model))
+    off = entries = 0
+    for name, layer in linear_layers(model).items():
+        got = read_weight(layer)
+        exact = base[f"{name}.weight"].double() + (true_a[name] + true_b[name]) / 2 + true_c[name]
+        want = requantized(exact, quantization)
+        # fp32 and fp64 sums may round to either side of a tie, which must be rare and no more than one step
+        off += int(((got - want).abs() > 1e-6).sum())
+        entries += got.numel()
+        step = want.abs().max() * (0.35 if quantization == "nf4" else 0.01)
+        assert (got - want).abs().max() <= step
+        assert not torch.allclose(want, requantized(base[f"{name}.weight"].double(), quantization), atol=1e-4)
+        f = folded[name]
+        assert torch.equal(f.base, base[f"{name}.weight"].float())
+        torch.testing.assert_close(f.update.double(), true_c[name], rtol=1e-5, atol=1e-8)
+        assert torch.equal(f.change, got - unfolded[name])
+    assert off <= (0 if quantization == "none" else entries // 1000)
+
+    fold_checkpoint(student, ledger, tmp_path / "out")
+    assert hashes(student) == before
+
+
+def test_nf4_layers_keep_double_quantization(qwen3: Path) -> None:
+    checkpoint, model = peft_student(qwen3)
+
+    def check() -> None:
+        layers = linear_layers(model)
+        assert len(layers) == 14
+        for layer in layers.values():
+            assert isinstance(layer, Linear4bit)
+            assert layer.weight.quant_type == "nf4"
+            assert layer.weight.data.dtype == torch.uint8
+            assert layer.weight.quant_state.nested is True
+            assert layer.weight.quant_state.dtype == torch.float32
+
+    check()
+    list(fold(model, checkpoint, [small_update(qwen3, 0.01, 0)]))
+    check()
+    assert not isinstance(model.get_base_model().get_output_embeddings(), Linear4bit)
+
+
+def test_int8_layers_compute_with_the_folded_weights(qwen3: Path) -> None:
+    checkpoint, model = peft_student(qwen3, "int8")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before = model(ids).logits  # the layers now hold their codes in their state
+        list(fold(model, checkpoint, [small_update(qwen3, 0.5, 0)]))
+        after = model(ids).logits
+    layers = linear_layers(model)
+    assert all(isinstance(layer, Linear8bitLt) for layer in layers.values())
+    dense = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float32)
+    for name, layer in layers.items():
+        dense.get_submodule(name).weight.data = read_weight(layer)
+    with torch.no_grad():
+        want = dense(ids).logits
+    # inputs are rounded to int8 too
+    assert (after - want).norm() < 0.1 * (after - before).norm()
+
+
+def test_an_older_rounds_modules_stay_when_a_later_round_skips_them(qwen3: Path) -> None:
+    checkpoint, model = peft_student(qwen3, "none")
+    everything, second = small_update(qwen3, 0.1, 0), small_update(qwen3, 0.1, 1)
+    only = "model.layers.1.mlp.up_proj"
+    one = merge_adapters([Adapter("one", {only: second.adapters[0].factors[only]})])
+    for f in fold(model, checkpoint, [everything, one]):
+        want = f.base + everything.delta(f.module) + (one.delta(f.module) if f.module == only else 0)
+        torch.testing.assert_close(read_weight(linear_layers(model)[f.module]), want)
+        assert bool(f.update.any()) is (f.module == only)
+
+
+def share_kept(changes: Sequence[torch.Tensor], updates: Sequence[torch.Tensor]) -> float:
+    dot = sum(float((c * u).sum()) for c, u in zip(changes, updates, strict=True))
+    return dot / sum(float(u.square().sum()) for u in updates)
+
+
+@pytest.mark.parametrize("size", [0.003, 0.01, 0.03])
+def test_a_small_update_survives_the_fold_but_not_one_inside_4_bits(qwen3: Path, size: float) -> None:
+    checkpoint, model = peft_student(qwen3)
+    used = {name: read_weight(layer) for name, layer in linear_layers(model).items()}
+    folded = list(fold(model, checkpoint, [small_update(qwen3, size, 0)]))
+    updates = [f.update for f in folded]
+    assert share_kept([f.change for f in folded], updates) == pytest.approx(1, abs=0.15)
+    inside = [requantized(used[f.module] + f.update, "nf4") - used[f.module] for f in folded]
+    assert share_kept(inside, updates) < 0.1
+
+
+def test_five_folds_leave_the_error_of_one_rounding(qwen3: Path) -> None:
+    checkpoint, model = peft_student(qwen3)
+    layers = linear_layers(model)
+    start = {name: read_weight(layer) for name, layer in layers.items()}
+    inside = dict(start)
+    ledger: list[Merged] = []
+    for i in range(5):
+        ledger.append(small_update(qwen3, 0.01, i))
+        for f in fold(model, checkpoint, ledger):
+            inside[f.module] = requantized(inside[f.module] + f.update, "nf4")
+    base = stored(qwen3)
+    totals = {m: sum(u.delta(m, torch.float64) for u in ledger).float() for m in layers}
+    ours = one_rounding = size = 0.0
+    for m, layer in layers.items():
+        w = base[f"{m}.weight"].float()
+        ours += float((read_weight(layer) - (w + totals[m])).square().sum())
+        one_rounding += float((start[m] - w).square().sum())
+        size += float(w.square().sum())
+    assert 0.9 < (ours / one_rounding) ** 0.5 < 1.02
+    assert (one_rounding / size) ** 0.5 < 0.12
+    names = list(layers)
+    assert share_kept([read_weight(layers[m]) - start[m] for m in names], [totals[m] for m in names]) > 0.95
+    assert share_kept([inside[m] - start[m] for m in names], [totals[m] for m in names]) < 0.1
+
+
+def test_nf4_still_trains_after_a_forward_without_gradients(student: Path) -> None:
+    # bitsandbytes repacks the weight in place on a CPU with AVX512-BF16, and then gives no gradients
+    checkpoint, model = peft_student(student)
+    ids = torch.arange(16)[None]
+    for _ in range(2):
+        layers = linear_layers(model)
+        before = {name: read_weight(layer) for name, layer in layers.items()}
+        with torch.no_grad():
+            model.eval()(ids)
+        for name, layer in layers.items():
+            assert layer.support_avx512bf16_for_cpu is False
+            assert torch.equal(read_weight(layer), before[name])
+        model.train()(ids, labels=ids).loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+        assert len(grads) == 14
+        assert all(g is not None and g.isfinite().all() and g.any() for g in grads.values())
+        model.zero_grad()
+        list(fold(model, checkpoint, [small_update(student, 0.05, 3)]))  # and again with weights that a fold made
+
+
+def test_a_fold_holds_one_module_at_a_time(qwen3: Path) -> None:
+    checkpoint, model = peft_student(qwen3)
+    ledger = [small_update(qwen3, 0.01, i) for i in range(3)]
+    largest = max(t.numel() * 4 for n, t in stored(qwen3).items() if "_proj" in n)
+
+    def dense_bytes() -> int:
+        tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.ndim == 2 and o.is_floating_point())
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    before = dense_bytes()
+    most = 0
+    for f in fold(model, checkpoint, ledger):
+        most = max(most, dense_bytes() - before)
+        del f
+    # W_0, the sum, the last update, the weights before and the change
+    assert 3 * largest <= most <= 6 * largest
+
+
+def test_folding_an_adapter_of_another_base_is_refused(qwen3: Path, llama: Path, tmp_path: Path) -> None:
+    checkpoint, model = peft_student(qwen3)
+    wrong = merge_adapters(
+        [Adapter("a", {"model.layers.0.self_attn.q_proj": Factors(torch.ones(1, 3), torch.ones(5, 1))})]
+    )
+    with pytest.raises(UserError, match=r"q_proj\.weight is \[128, 64\].*\[5, 3\]"):
+        list(fold(model, checkpoint, [wrong]))
+    with pytest.raises(UserError, match=r"q_proj\.weight is \[64, 64\]"):
+        fold_checkpoint(llama, wrong, tmp_path / "out")
+    absent = merge_adapters([Adapter("a", {"model.layers.7.x": Factors(torch.ones(1, 3), torch.ones(5, 1))})])
+    with pytest.raises(UserError, match=r"has no model\.layers\.7\.x\.weight"):
+        fold_checkpoint(qwen3, absent, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- folding out to shards -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_fold_checkpoint_rounds_the_exact_sum_once(
+    student: Path, make_adapter: MakeAdapter, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    folder = make_adapter(student, "a", scale=0.05)
+    out = fold_checkpoint(student, merge_adapters([load_adapter(folder)]), tmp_path / "out", dtype)
+    base, got, updates = stored(student), stored(out), true_updates(folder)
+    assert set(got) == set(base)
+    to = dtype or torch.bfloat16
+    for name, tensor in got.items():
+        assert tensor.dtype == to
+        update = updates.get(name.removesuffix(".weight"))
+        want = (base[name].double() + (0 if update is None else update)).to(to)
+        if update is None:
+            assert torch.equal(tensor, base[name].to(to))
+        else:
+            assert (tensor != want).float().mean() < 1e-3  # ties of fp64 sums taken in another order
+            torch.testing.assert_close(tensor, want, rtol=2**-7 if to == torch.bfloat16 else 2**-22, atol=1e-9)
+            assert not torch.equal(tensor, base[name].to(to))
+
+    shards = sorted(f.name for f in student.glob("*.safetensors"))
+    assert sorted(f.name for f in out.glob("*.safetensors")) == shards
+    index = out / "model.safetensors.index.json"
+    assert index.exists() is (len(shards) > 1)
+    if index.exists():
+        said = json.loads(index.read_text())
+        for shard in shards:
+            assert {k for k, v in said["weight_map"].items() if v == shard} == set(load_file(out / shard))
+        assert said["metadata"]["total_size"] == sum(t.nbytes for t in got.values())
+
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(to).removeprefix("torch.")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert model.dtype == to
+    for name, tensor in model.state_dict().items():
+        if name in got:
+            assert torch.equal(tensor, got[name])
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(student).chat_template
+    ids = tokenizer("1 + 1 = ?", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_a_lone_numbered_shard_can_be_loaded_again(llama: Path, tmp_path: Path) -> None:
+    # as on the Hub: model-00001-of-00001.safetensors is found only through its index
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    name = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / name)
+    weight_map = dict.fromkeys(stored(base), name)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    AutoModelForCausalLM.from_pretrained(base)
+    out = fold_checkpoint(base, small_update(base, 0.1, 0), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    want = stored(out)["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(model.get_submodule("model.layers.0.mlp.up_proj").weight.to(want.dtype), want)
+
+
+def test_integers_and_extra_tensors_are_copied_as_they_are(llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    tensors = stored(base) | {"steps": torch.tensor([2**40 + 1])}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    got = stored(fold_checkpoint(base, small_update(base, 0.1, 0), tmp_path / "out", torch.float32))
+    assert got["steps"].dtype == torch.int64
+    assert torch.equal(got["steps"], tensors["steps"])
+    assert torch.equal(got["model.norm.weight"], tensors["model.norm.weight"].float())

@@ -1,0 +1,348 @@
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeAdapter
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from mot_lora import UserError, branch
+from mot_lora.base import load_model, read_weight
+from mot_lora.branch import add_adapter, reset_adapter, train
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.config import BranchConfig, LoraConfig
+from mot_lora.data import Example, Trace, collate, encode, load_tokenizer
+from mot_lora.loss import IGNORE
+from mot_lora.records import TrainRecord
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(qwen3: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(qwen3)
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Sixteen traces of very different lengths."""
+    return [
+        encode(tokenizer, Trace(({"role": "user", "content": f"{i} + 1 = ?"},), f"{i} + 1 = {i + 1}. " * (i % 5 + 1)))
+        for i in range(16)
+    ]
+
+
+def new_model(path: Path, quantization: str = "nf4", **lora: Any) -> PeftModel:
+    settings = LoraConfig(**{"r": 4, "alpha": 8, **lora})
+    model = add_adapter(load_model(Checkpoint.open(path), quantization, CPU), settings)
+    reset_adapter(model, 0)
+    return model
+
+
+def settings(**changes: Any) -> BranchConfig:
+    given = {
+        "steps": 4,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "warmup": 0,
+        "loss_chunk": 16,
+    }
+    if "epochs" in changes:
+        given.pop("steps")
+    return BranchConfig(**{**given, **changes})
+
+
+def factors(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def same(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> bool:
+    assert x.keys() == y.keys()
+    return all(torch.equal(x[n], y[n]) for n in x)
+
+
+def plain_loss(model: PeftModel, rows: Sequence[Example], pad: int) -> float:
+    """The mean loss over all trained tokens, from whole logits."""
+    batch = collate(rows, pad)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).double(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE
+    )
+    return float(losses)
+
+
+# --- the adapter ---------------------------------------------------------------------------------
+
+
+def test_branches_of_a_round_start_from_one_a_whatever_the_random_state(student: Path) -> None:
+    torch.manual_seed(1)
+    model = new_model(student)
+    reset_adapter(model, 5)
+    first = factors(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    reset_adapter(model, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(factors(model), first)
+    assert same(factors_after_reset(new_model(student, "none"), 5), first)
+    reset_adapter(model, 6)
+    for name, value in factors(model).items():
+        assert value.dtype == torch.float32
+        if "lora_B" in name:
+            assert not value.any()
+        else:
+            bound = 1 / math.sqrt(value.shape[1])
+            assert 0.8 * bound < value.abs().max() <= bound
+            assert value.mean().abs() < bound / 4
+            assert not torch.equal(value, first[name])
+    a = [v for n, v in first.items() if "lora_A" in n and v.shape == (4, 64)]
+    assert len({v.sum().item() for v in a}) == len(a)  # modules do not share one draw
+
+
+def factors_after_reset(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:
+    reset_adapter(model, seed)
+    return factors(model)
+
+
+def test_only_the_adapter_trains_and_targets_can_be_chosen(qwen3: Path) -> None:
+    model = new_model(qwen3, target_modules=("q_proj", "down_proj"), r=3, alpha=6, rslora=True)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2
+    assert all(("q_proj" in n or "down_proj" in n) and "lora_" in n for n in trained)
+    layer = model.get_base_model().get_submodule("model.layers.0.mlp.down_proj")
+    assert layer.scaling["default"] == pytest.approx(6 / math.sqrt(3))
+
+
+def test_targets_that_match_nothing_are_refused(qwen3: Path) -> None:
+    with pytest.raises(UserError, match=r"lora\.target_modules .*no_such_proj") as e:
+        new_model(qwen3, target_modules=("no_such_proj",))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_targets_that_no_fold_can_take_are_refused_before_training(qwen3: Path, target: str) -> None:
+    with pytest.raises(UserError, match=r"lora\.target_modules"):
+        new_model(qwen3, target_modules=("q_proj", target))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_training_in_nf4_lowers_the_loss_and_leaves_the_base(
+    student: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    model = new_model(student)
+    layers = {n: m.get_base_layer() for n, m in model.get_base_model().named_modules() if hasattr(m, "get_base_layer")}
+    codes = {n: layer.weight.data.clone() for n, layer in layers.items()}
+    weights = {n: read_weight(layer) for n, layer in layers.items()}
+    others = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n and p.is_floating_point()}
+    pad = tokenizer.pad_token_id
+    before = plain_loss(model, examples, pad)
+    start = factors(model)
+    record = train(model, tokenizer, examples, settings(steps=24, batch_size=4, gradient_accumulation=1), seed=0)
+    after = plain_loss(model, examples, pad)
+    assert before > 6
+    assert after < before - 0.5
+    assert after < record.loss < before  # the mean over the steps
+    assert record.steps == 24
+    assert record.tokens == 24 / 4 * sum(len(e) - e.prompt_length for e in examples)
+    assert record.seconds > 0
+    assert not model.training
+    assert all(p.dtype == torch.float32 for p in factors(model).values())
+    assert not any(torch.equal(v, start[n]) for n, v in factors(model).items())
+    for n, layer in layers.items():
+        assert torch.equal(layer.weight.data, codes[n])
+        assert torch.equal(read_weight(layer), weights[n])
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[n], v) for n, v in others.items())
+
+
+def one_step(
+    path: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Example], **changes: Any
+) -> tuple[dict[str, torch.Tensor], TrainRecord]:
+    model = new_model(path, changes.pop("quantization", "nf4"))
+    # B = 0 gives A no gradient: start from a B that is not
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.05)
+    record = train(model, tokenizer, rows, settings(steps=1, **changes), seed=0)
+    return factors(model), record
+
+
+def test_accumulated_steps_weigh_every_token_alike(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    # a mean of the micro-batches' means would weigh the tokens of short traces more
+    rows = examples[:4]
+    assert len({len(e) - e.prompt_length for e in rows}) == 4
+    together, first = one_step(qwen3, tokenizer, rows, batch_size=4, gradient_accumulation=1)
+    apart, second = one_step(qwen3, tokenizer, rows, batch_size=1, gradient_accumulation=4)
+    assert first.tokens == second.tokens == sum(len(e) - e.prompt_length for e in rows)
+    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+    start = factors(new_model(qwen3))
+    for name, value in together.items():
+        moved = (value - start[name]).abs().max()
+        # Adam's first step is the gradient's sign, so where it is nearly 0 rounding may tip it
+        assert ((value - apart[name]).abs() > 1e-4 * moved).float().mean() < 0.01
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        model = new_model(qwen3, "none")
+        want = plain_loss(model, examples[:4], tokenizer.pad_token_id)
+        chosen = settings(steps=1, batch_size=batch_size, gradient_accumulation=accumulation)
+        record = train(model, tokenizer, examples[:4], chosen, seed=0)
+        assert record.loss == pytest.approx(want, rel=1e-5)
+
+
+def test_the_first_step_goes_down_the_gradient_by_the_learning_rate(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    rows = examples[:4]
+    model = new_model(qwen3, "none")
+    batch = collate(rows, tokenizer.pad_token_id)
+    model(**batch).loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    start = factors(model)
+    train(model, tokenizer, rows, settings(steps=1, batch_size=4, gradient_accumulation=1, learning_rate=1e-3), seed=0)
+    for name, value in factors(model).items():
+        sure = gradients[name].abs() > 1e-5
+        moved = (value - start[name])[sure]
+        torch.testing.assert_close(moved, -1e-3 * gradients[name][sure].sign(), rtol=0.02, atol=1e-6)
+        if "lora_B" in name:
+            assert sure.any()
+
+
+def test_training_is_a_function_of_its_seed(
+    student: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    runs: list[dict[str, torch.Tensor]] = []
+    for global_seed, seed in ((1, 7), (2, 7), (1, 8)):
+        model = new_model(student, dropout=0.1)
+        torch.manual_seed(global_seed)
+        train(model, tokenizer, examples, settings(), seed=seed)
+        runs.append(factors(model))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_a_second_branch_on_one_model_is_as_if_it_were_the_first(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    model = new_model(qwen3)
+    runs: list[dict[str, torch.Tensor]] = []
+    for _ in range(2):
+        reset_adapter(model, 3)
+        train(model, tokenizer, examples, settings(), seed=1)
+        runs.append(factors(model))
+    assert same(runs[0], runs[1])  # nothing of the first optimizer is left
+
+
+def test_activation_checkpointing_changes_memory_not_the_result(
+    student: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    runs: list[dict[str, torch.Tensor]] = []
+    for on in (True, False):
+        model = new_model(student)
+        train(model, tokenizer, examples, settings(activation_checkpointing=on), seed=1)
+        assert model.get_base_model().is_gradient_checkpointing is on
+        runs.append(factors(model))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_chunk_of_the_loss_changes_memory_not_the_result(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    small, first = one_step(qwen3, tokenizer, examples[:4], loss_chunk=3)
+    large, second = one_step(qwen3, tokenizer, examples[:4], loss_chunk=10_000)
+    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+    close = torch.cat([((v - large[n]).abs() < 1e-4).flatten() for n, v in small.items()])
+    assert close.float().mean() > 0.99
+
+
+def test_epochs_train_on_every_trace_as_often(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    record = train(new_model(qwen3), tokenizer, examples, settings(epochs=2), seed=0)
+    assert record.steps == 2 * 16 // 4
+    assert record.tokens == 2 * sum(len(e) - e.prompt_length for e in examples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"schedule": "constant", "warmup": 0}, [1] * 8),
+        ({"schedule": "constant", "warmup": 0.5}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+        ({"schedule": "linear", "warmup": 0}, [1 - i / 8 for i in range(8)]),
+        ({"schedule": "cosine", "warmup": 0.25}, [0, 0.5, *((1 + math.cos(math.pi * i / 6)) / 2 for i in range(6))]),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(
+    qwen3: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    want: list[float],
+) -> None:
+    rates: list[float] = []
+    real = branch.BranchTrainer.training_step
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(branch.BranchTrainer, "training_step", spy)
+    chosen = settings(steps=8, batch_size=1, gradient_accumulation=1, learning_rate=2e-3, **changes)
+    train(new_model(qwen3), tokenizer, examples, chosen, seed=0)
+    assert [r / 2e-3 for r in rates] == pytest.approx(want, abs=1e-6)
+
+
+def test_progress_sees_every_step_and_its_loss(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, int, int, str]] = []
+
+    def progress(stage: str, done: int, total: int, note: str = "") -> None:
+        seen.append((stage, done, total, note))
+
+    record = train(new_model(qwen3), tokenizer, examples, settings(), seed=0, progress=progress)
+    assert [(stage, done, total) for stage, done, total, _ in seen] == [("train", i, 4) for i in range(1, 5)]
+    losses = [float(note.removeprefix("loss ")) for *_, note in seen]
+    assert sum(losses) / 4 == pytest.approx(record.loss, abs=1e-3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_loss_that_is_not_finite_ends_the_branch(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    with pytest.raises(UserError, match=r"loss became .*branch\.learning_rate"):
+        train(new_model(qwen3), tokenizer, examples, settings(learning_rate=1e30), seed=0)
+
+
+def test_the_saved_adapter_is_what_was_trained(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    model = new_model(qwen3)
+    train(model, tokenizer, examples, settings(), seed=0)
+    model.save_pretrained(str(tmp_path / "saved"), save_embedding_layers=False)
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    trained = {n.replace(".default.weight", ".weight"): v for n, v in factors(model).items()}
+    assert same(saved, trained)
+    assert saved.keys() == load_file(make_adapter(qwen3, "peft") / "adapter_model.safetensors").keys()
