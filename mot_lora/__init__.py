@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from mot_lora.errors import UserError
     from mot_lora.export import export
     from mot_lora.lowrank import Adapter, Factors
-    from mot_lora.merge import METHODS, Merged, dare_linear, dare_ties, linear, merge_adapters, ties
+    from mot_lora.merge import METHODS, dare_linear, dare_ties, linear, ties
+    from mot_lora.merged import Merged, merge_adapters
     from mot_lora.records import EvaluationRecord, RunRecord, TrainRecord
     from mot_lora.rounds import run
 
@@ -25,7 +26,8 @@ _ROOMS = {
     "errors": ("UserError",),
     "export": ("export",),
     "lowrank": ("Adapter", "Factors"),
-    "merge": ("METHODS", "Merged", "dare_linear", "dare_ties", "linear", "merge_adapters", "ties"),
+    "merge": ("METHODS", "dare_linear", "dare_ties", "linear", "ties"),
+    "merged": ("Merged", "merge_adapters"),
     "records": ("EvaluationRecord", "RunRecord", "TrainRecord"),
     "rounds": ("run",),
 }

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Factors, inner, truncate
-from mot_lora.merge import Merged
+from mot_lora.merged import Merged
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -73,7 +73,14 @@ def load_adapter(path: str | Path, name: str | None = None, device: str | torch.
     for module, half in sorted(halves.items()):
         if set(half) != {"A", "B"}:
             raise UserError(f"{file}: module {module} has only its lora_{min(half)}")
-        factors[module] = Factors(half["A"], half["B"], _scaling(config, module, half["A"].shape[0], file))
+        a, b = half["A"], half["B"]
+        if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[0] == b.shape[1]:
+            raise UserError(
+                f"{file}: module {module}: A {list(a.shape)} and B {list(b.shape)} are not [r, in] and [out, r]"
+            )
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(f"{file}: module {module} holds numbers that are not finite; train it again")
+        factors[module] = Factors(a, b, _scaling(config, module, a.shape[0], file))
     if not factors:
         raise UserError(f"{file}: holds no LoRA factors")
     return Adapter(name or path.name, factors, config.get("base_model_name_or_path"))
@@ -90,6 +97,11 @@ def adapter_from_peft(model: PeftModel, name: str = "default") -> Adapter:
         raise UserError(f"the model has no adapter `{name}`; it has {', '.join(model.peft_config)}")
     if why := _refusal(model.peft_config[name].to_dict()):
         raise UserError(f"adapter `{name}` cannot be merged exactly: {why}")
+    if model.peft_config[name].peft_type != "LORA":
+        raise UserError(f"adapter `{name}` is not a LoRA adapter; only peft_type LORA can be merged")
+    for module, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_embedding_A:
+            raise UserError(f"adapter `{name}`: {module} is an embedding, whose update cannot be merged")
     factors = {
         module: Factors(
             cast("Any", layer.lora_A)[name].weight.detach().clone(),
@@ -167,6 +179,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not JSON ({e})") from e
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: not a LoRA adapter; only peft_type LORA can be merged")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        try:
+            if not isinstance(pattern, dict):
+                raise TypeError("not a mapping")
+            for regex in pattern:
+                re.compile(rf"(.*\.)?({regex})$")
+        except (TypeError, re.error) as e:
+            raise UserError(f"{file}: {key} must map patterns of module names to numbers ({e})") from e
     return config
 
 
@@ -189,6 +210,6 @@ def _scaling(config: dict[str, Any], module: str, rank: int, file: Path) -> floa
     if said != rank:
         raise UserError(f"{file}: module {module} has rank {rank}, but {CONFIG_FILE} says {said}")
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
-    if not isinstance(alpha, int | float):
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise UserError(f"{file.with_name(CONFIG_FILE)}: lora_alpha is not a number: {alpha!r}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

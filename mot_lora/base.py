@@ -15,15 +15,15 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mot_lora.checkpoint import COMPANIONS, INDEX_FILE, Checkpoint
 from mot_lora.errors import UserError
-from mot_lora.merge import Merged
+from mot_lora.merged import Merged
 from mot_lora.progress import Progress, silent
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast for each int8 product
@@ -55,6 +55,9 @@ def load_model(checkpoint: Checkpoint, quantization: str, device: torch.device) 
             # its AVX512-BF16 path repacks the weight in place, after which it can be neither read nor trained through
             cast("Any", module).support_avx512bf16_for_cpu = False
     model.config.use_cache = True
+    # the checkpoint's settings for chatting (temperature, repetition penalty) would be mixed into ours; keep its ends
+    said = cast("Any", model.generation_config)
+    model.generation_config = GenerationConfig(eos_token_id=said.eos_token_id if said else None)
     return model
 
 
@@ -183,8 +186,8 @@ def fold_checkpoint(
         if out.exists():
             out.rmdir()
         partial.rename(out)
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written: {e.strerror or e}") from e
+    except (OSError, SafetensorError) as e:  # safetensors has its own for a disk that is full
+        raise UserError(f"{out}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
@@ -217,7 +220,7 @@ def _copy_companions(checkpoint: Checkpoint, out: Path, dtype: torch.dtype | Non
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if len(set(checkpoint.files.values())) > 1:
+    if {file.name for file in checkpoint.files.values()} != {"model.safetensors"}:
         index = {
             "metadata": {"total_size": total_size},
             "weight_map": {name: file.name for name, file in sorted(checkpoint.files.items())},

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,10 +49,17 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)  # on tied weights, which are refused below
         try:
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as e:
             raise UserError(f"lora.target_modules {targets!r}: {str(e).splitlines()[0]}") from e
+    base: Any = peft_model.get_base_model()
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer):
+            inner = cast("Any", layer.get_base_layer())
+            if not isinstance(inner, nn.Linear) or inner.weight is base.get_input_embeddings().weight:
+                raise UserError(f"lora.target_modules {targets!r}: {name} is an embedding or tied to it; leave it out")
     return cast("PeftModel", peft_model)
 
 
@@ -108,6 +115,7 @@ def train(
             use_cpu=device.type == "cpu",
             save_strategy="no",
             logging_steps=1,
+            logging_nan_inf_filter=False,  # it hides a loss that is not finite
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,

@@ -61,8 +61,11 @@ class Checkpoint:
         """Tensor name -> the shard that holds it."""
         shards = sorted(self.path.glob("*.safetensors"))
         if (self.path / INDEX_FILE).exists():
-            index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
-            shards = sorted({self.path / file for file in index["weight_map"].values()})
+            try:
+                index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
+                shards = sorted({self.path / file for file in index["weight_map"].values()})
+            except (ValueError, LookupError, TypeError, AttributeError) as e:
+                raise UserError(f"{self.path / INDEX_FILE}: damaged ({e!r}); download the model again") from e
         if not shards:
             raise UserError(f"{self.path}: has no .safetensors; save it again with save_pretrained of transformers")
         found: dict[str, Path] = {}

@@ -4,12 +4,14 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from mot_lora.errors import UserError
 
+INTERRUPTED = 130
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's UsageError, or that of Typer's own copy of click
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,10 +39,11 @@ def run(
     Example: mot-lora run recipes/quickstart.yaml rounds=2 output=runs/two
     """
     from mot_lora.config import load_config
+
+    settings = load_config(config, overrides or [])  # a mistake is told before torch is loaded
     from mot_lora.display import live, screen, table
     from mot_lora.rounds import run as run_rounds
 
-    settings = load_config(config, overrides or [])
     console = screen(as_json)
     with live(console) as progress:
         record = run_rounds(settings, progress=progress)
@@ -83,17 +86,25 @@ def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
+def _end(status: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    raise SystemExit(status) from None
+
+
 def main() -> None:
     """Run a command; a mistake of the user's ends with exit status 2 and one line."""
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other about their next versions
     try:
-        app()
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is finished", file=sys.stderr)
-        raise SystemExit(130) from None
+        _end(2, "error: " + " ".join(str(e).split()))
+    except USAGE_ERROR as e:
+        _end(2, "error: " + " ".join(e.format_message().split()) + "; see mot-lora --help")
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+        _end(INTERRUPTED, "stopped; the same command goes on from what is finished")
+    raise SystemExit(status or 0)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,14 +17,14 @@ DEMO = "demo:"  # student: demo:student is the student that the package carries
 class Settings(BaseModel):
     """The base of every group of settings: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TeacherConfig(Settings):
     """One teacher: `name` also names its folder; `data` is a JSONL file, or several that are joined."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    data: str | tuple[str, ...]
+    data: str | Annotated[tuple[str, ...], Field(min_length=1)]
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -182,11 +182,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a config: it must hold `key: value` lines")
-    tree = _rebase(cast("dict[str, Any]", tree), path.parent)
+    tree = _rebase(cast("dict[str, Any]", tree), path.parent, str(path))
     for override in overrides:
         key, eq, value = override.partition("=")
         if not eq or not key:
@@ -199,9 +199,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 raise UserError(f"override `{override}`: `{parent}` has no inner keys")
         try:
             node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
             raise UserError(f"override `{override}`: the value is not YAML") from e
-    return parse_config(_rebase(tree, Path()), str(path))
+    # what the file says is absolute by now, or a Hub name, which a folder here must not shadow
+    given = {o.split("=")[0].split(".")[0] for o in overrides}
+    rebased = _rebase({k: v for k, v in tree.items() if k in given}, Path(), str(path))
+    return parse_config({**tree, **rebased}, str(path))
 
 
 def parse_config(tree: Any, source: str) -> Config:
@@ -210,7 +213,7 @@ def parse_config(tree: Any, source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        loc = ".".join(str(x) for x in first["loc"])
+        loc = " ".join(".".join(str(x) for x in first["loc"]).split())  # one line, whatever the key
         if first["type"] == "extra_forbidden":
             known = _keys_beside(first["loc"])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
@@ -238,28 +241,31 @@ def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     return list(group.model_fields)
 
 
-def _rebase(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _rebase(tree: dict[str, Any], folder: Path, source: str) -> dict[str, Any]:
     """Make the paths of a tree absolute; what does not exist as a file stays as it is (a Hub name)."""
 
-    def path(value: Any, must_be_file: bool = True) -> Any:
+    def path(key: str, value: Any, must_be_file: bool = True) -> Any:
         if isinstance(value, list):
-            return [path(v, must_be_file) for v in cast("list[Any]", value)]
+            return [x if isinstance(x, list) else path(key, x) for x in cast("list[Any]", value)]
         if not isinstance(value, str):
             return value
         if value.startswith(DEMO):
             return str(demo_path(value.removeprefix(DEMO)))
-        file = (folder / Path(value).expanduser()).resolve()
-        return str(file) if must_be_file or file.exists() else value
+        try:
+            file = (folder / Path(value).expanduser()).resolve()
+            return str(file) if must_be_file or file.exists() else value
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(f"{source}: `{key}`: {value!r} is not a usable path ({e})") from e
 
     tree = dict(tree)
     if "student" in tree:
-        tree["student"] = path(tree["student"], must_be_file=False)
+        tree["student"] = path("student", tree["student"], must_be_file=False)
     teachers = tree.get("teachers")
     if isinstance(teachers, list):
         tree["teachers"] = [
-            {**t, "data": path(t["data"])} if isinstance(t, dict) and "data" in t else t
+            {**t, "data": path("teachers.data", t["data"])} if isinstance(t, dict) and "data" in t else t
             for t in cast("list[Any]", teachers)
         ]
     if isinstance(tree.get("eval"), dict) and "data" in tree["eval"]:
-        tree["eval"] = {**tree["eval"], "data": path(tree["eval"]["data"])}
+        tree["eval"] = {**tree["eval"], "data": path("eval.data", tree["eval"]["data"])}
     return tree

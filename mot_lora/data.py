@@ -147,7 +147,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 
 def _rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror}); give a JSONL file") from e
     except UnicodeDecodeError as e:

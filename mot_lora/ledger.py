@@ -4,7 +4,7 @@ import torch
 
 from mot_lora.adapters import load_adapter
 from mot_lora.errors import UserError
-from mot_lora.merge import Merged, merge_adapters
+from mot_lora.merged import Merged, merge_adapters
 from mot_lora.records import BranchRecord, RoundRecord, RunRecord, score
 from mot_lora.rundir import RunDir
 

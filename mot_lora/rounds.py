@@ -26,7 +26,8 @@ from mot_lora.config import BranchConfig, Config, EvalConfig
 from mot_lora.data import Example, Question, encode_all, hold_out, load_tokenizer, read_questions, read_traces
 from mot_lora.errors import UserError
 from mot_lora.ledger import read_ledger, read_run
-from mot_lora.merge import Merged, merge_adapters, seed_for
+from mot_lora.merge import seed_for
+from mot_lora.merged import Merged, merge_adapters
 from mot_lora.progress import Progress, silent
 from mot_lora.records import (
     Answer,
@@ -185,7 +186,7 @@ class Loop:
             self.tokenizer,
             self.data.train[name],
             self.config.branch,
-            seed=seed_for(self.config.seed, number, name),
+            seed=seed_for(self.config.seed, number, "order"),  # one for all, so that only the teacher differs
             progress=self.stage(stage),
         )
         measured, answers = self.measure(stage, adapter=True) if self.config.eval.branches else (None, [])

@@ -19,6 +19,8 @@ from mot_lora.records import BranchRecord, EvaluationRecord, Record, RoundRecord
 
 R = TypeVar("R", bound=Record)
 
+# What a run that was killed while it began can have left.
+BEGUN = {"run.lock", "environment.json"}
 # Settings that leave finished branches and rounds as they are, so that a run may go on with others.
 MAY_CHANGE = ("output", "rounds", "stop")
 
@@ -64,7 +66,7 @@ class RunDir:
         return json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
-        """Write what was asked and with what, or check that a run found here was asked the same.
+        """Write what was asked and with what, or check that a run found here was asked the same; under the lock.
 
         Errors: UserError, which names the settings or inputs that differ.
         """
@@ -82,8 +84,6 @@ class RunDir:
                     f"{self.path}: was begun with other files ({', '.join(changed)} changed since); "
                     "bring them back, or choose another `output`"
                 )
-        elif self.path.exists() and any(p.name != "run.lock" for p in self.path.iterdir()):
-            raise UserError(f"{self.path}: holds something that is not a run; choose another `output`")
         else:
             write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_text(self.path / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
@@ -92,8 +92,12 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Hold the run folder for this process; the system lets go of it when the process ends, however it ends.
 
-        Errors: UserError, which names the process that has it, or says that the folder cannot be written.
+        Errors: UserError, which names the process that has it, or says that the folder is not a run's or cannot be
+        written.
         """
+        found = {p.name.removeprefix(".").removesuffix(".partial") for p in self.path.glob("*")}
+        if "config.yaml" not in found and found - BEGUN:
+            raise UserError(f"{self.path}: holds something that is not a run; choose another `output`")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "run.lock").open("a+", encoding="utf-8")

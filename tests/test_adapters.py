@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mot_lora.adapters import CONFIG_FILE, REFUSED, WEIGHTS_FILE, adapter_from_peft, load_adapter, save_adapter
 from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Factors
-from mot_lora.merge import merge_adapters
+from mot_lora.merged import merge_adapters
 
 MakeAdapter = Callable[..., Path]
 

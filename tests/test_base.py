@@ -21,7 +21,7 @@ from mot_lora.branch import add_adapter
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import LoraConfig
 from mot_lora.lowrank import Adapter, Factors
-from mot_lora.merge import Merged
+from mot_lora.merged import Merged
 
 CPU = torch.device("cpu")
 

@@ -18,19 +18,18 @@ from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Factors
 from mot_lora.merge import (
     METHODS,
-    Merged,
     check_weights,
     dare_linear,
     dare_ties,
     drop,
     elect_sign,
     linear,
-    merge_adapters,
     seed_for,
     ties,
     trim,
     weighted_mean,
 )
+from mot_lora.merged import Merged, merge_adapters
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32)
