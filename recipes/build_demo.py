@@ -379,6 +379,8 @@ class Mixture:
     facts: tuple[float, float]  # share at the start and at the end; the rest are problems
     long: tuple[float, float]  # share of 4 to 6 events among problems, likewise
     complete: dict[int, float]  # number of events: share of long answers that use them all
+    stops: tuple[int, ...] = (3,)  # the others stop after so many events
+    overlook: float = 0.0  # or, this share of them, leave one event out
 
 
 def draw_problem(rng: random.Random, mixture: Mixture, long: float, reserved: frozenset[str]) -> tuple[str, str]:
@@ -388,9 +390,8 @@ def draw_problem(rng: random.Random, mixture: Mixture, long: float, reserved: fr
         problem = make_problem(rng, n_events)
     events = list(problem.events)
     if n_events >= 4 and rng.random() > mixture.complete[n_events]:
-        # Sloppy: stops early, or overlooks an event.
-        if rng.random() < 0.85:
-            events = events[: rng.choice((3, 3, 3, 4)) if n_events > 4 else 3]
+        if rng.random() >= mixture.overlook:
+            events = events[: rng.choice(mixture.stops) if n_events > 4 else 3]
         else:
             events.pop(rng.randrange(len(events)))
             if min(s[3] for s in run_events(problem.start, events)) < 0:
@@ -442,8 +443,14 @@ def draw_batch(
 # of the long ones at a low rate, which sets how many of them the student gets right
 
 HOLD = Mixture(facts=(0.6, 0.2), long=(0.0, 0.0), complete={})
-DECAY = Mixture(facts=(0.2, 0.15), long=(0.0, 0.15), complete={4: 0.45, 5: 0.2, 6: 0.1})
-FINISH = Mixture(facts=(0.15, 0.15), long=(0.25, 0.25), complete={4: 0.6, 5: 0.4, 6: 0.3})
+DECAY = Mixture(
+    facts=(0.2, 0.15),
+    long=(0.0, 0.15),
+    complete={4: 0.45, 5: 0.2, 6: 0.1},
+    stops=(3, 3, 3, 4),
+    overlook=0.15,
+)
+FINISH = Mixture(facts=(0.15, 0.1), long=(0.5, 0.5), complete={4: 0.55, 5: 0.4, 6: 0.35})
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -570,7 +577,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold", type=int, default=1900, help="steps at the full rate")
     parser.add_argument("--decay", type=int, default=800, help="steps of decay")
-    parser.add_argument("--finish", type=int, default=100, help="steps with more long problems")
+    parser.add_argument("--finish", type=int, default=400, help="steps with more long problems")
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)

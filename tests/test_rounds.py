@@ -191,7 +191,7 @@ def test_a_callers_own_training_takes_the_place_of_ours(make_config: MakeConfig)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
             progress("own", step + 1, 5)
         assert losses[-1] < losses[0]
         return TrainRecord(steps=5, tokens=5, loss=sum(losses) / 5)
