@@ -390,7 +390,7 @@ def draw_problem(rng: random.Random, mixture: Mixture, long: float, reserved: fr
         problem = make_problem(rng, n_events)
     events = list(problem.events)
     if n_events >= 4 and rng.random() > mixture.complete[n_events]:
-        if rng.random() >= mixture.overlook:
+        if rng.random() < 1 - mixture.overlook:
             events = events[: rng.choice(mixture.stops) if n_events > 4 else 3]
         else:
             events.pop(rng.randrange(len(events)))
