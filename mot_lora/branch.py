@@ -175,6 +175,9 @@ class _Watch(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.progress("train", 0, state.max_steps)
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         if logs and "loss" in logs:
             self.progress("train", state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")

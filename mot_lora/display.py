@@ -50,7 +50,7 @@ def live(console: Console) -> Iterator[Progress]:
             nonlocal current
             if current != stage:
                 current = stage
-                bars.reset(task, description=stage, total=total)
+                bars.reset(task, description=stage, total=total, note=note)
                 if not console.is_terminal:
                     console.print(stage, highlight=False)
             bars.update(task, completed=done, note=note)

@@ -106,6 +106,8 @@ def generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
+        if order:
+            progress("answer", 0, len(order))
         for i in range(0, len(order), settings.batch_size):
             chosen = order[i : i + settings.batch_size]
             batch = tokenizer(

@@ -90,7 +90,7 @@ def test_batched_answers_are_those_of_one_at_a_time_in_order(
     for batch_size in (1, 3, 7):
         settings = EvalConfig(batch_size=batch_size, max_new_tokens=12)
         assert generate(model, tokenizer, QUESTIONS, settings, seed=0, progress=progress) == want
-    assert seen[7:10] == [(3, 7), (6, 7), (7, 7)]
+    assert seen[8:12] == [(0, 7), (3, 7), (6, 7), (7, 7)]
 
 
 def test_the_adapter_counts_unless_it_is_switched_off(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
