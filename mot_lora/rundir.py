@@ -71,7 +71,7 @@ class RunDir:
         Errors: UserError, which names the settings or inputs that differ.
         """
         asked = config.model_dump(mode="json")
-        if (self.path / "config.yaml").exists():
+        if (self.path / "before.json").exists():  # the first thing finished
             found = self.config().model_dump(mode="json")
             changed = [k for k in _differences(found, asked) if k.split(".")[0] not in MAY_CHANGE]
             if changed:

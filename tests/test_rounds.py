@@ -72,7 +72,8 @@ def test_the_student_is_always_w0_plus_the_ledger_rounded_once(
     record = run(config, train=spied.train, evaluate=spied.evaluate)
     assert [r.round for r in record.rounds] == [1, 2]
     assert [(b.round, b.teacher) for b in record.branches] == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
-    assert len(spied.trained) == len(set(spied.trained)) == 4
+    first_a, first_b, second_a, second_b = spied.trained
+    assert first_a == first_b != second_a == second_b  # one order of problems for the branches of a round
     assert len(spied.measured) == 3
 
     share_a, share_b = (0.5, 0.5) if weights is None else (0.75, 0.25)

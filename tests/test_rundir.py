@@ -188,6 +188,7 @@ def test_rounds_stop_and_output_may_change(tmp_path: Path) -> None:
 def test_other_settings_are_refused_and_named(tmp_path: Path, changes: dict[str, Any], names: list[str]) -> None:
     run = RunDir(tmp_path)
     run.begin(config(), INPUTS)
+    write_record(run.path / "before.json", EvaluationRecord())
     with pytest.raises(UserError, match="begun with other settings") as e:
         run.begin(config(**{"rounds": 9, **changes}), INPUTS)
     assert f"({', '.join(sorted(names))})" == f"({', '.join(sorted(_named(str(e.value))))})"
@@ -198,9 +199,18 @@ def _named(message: str) -> list[str]:
     return message.split("(")[1].split(")")[0].split(", ")
 
 
+def test_a_run_with_nothing_finished_takes_other_settings(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.begin(config(), INPUTS)
+    run.begin(config(seed=7), {"inputs": {"student": "other"}})
+    assert run.config().seed == 7
+    assert run.environment()["inputs"] == {"student": "other"}
+
+
 def test_other_files_are_refused_and_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.begin(config(), INPUTS)
+    write_record(run.path / "before.json", EvaluationRecord())
     with pytest.raises(UserError, match=r"\(a\.jsonl changed since\)"):
         run.begin(config(), {"inputs": {"student": "abc", "a.jsonl": "other"}})
     with pytest.raises(UserError, match=r"\(student changed since\)"):
