@@ -161,6 +161,7 @@ def test_a_run_is_begun_once_and_gone_on_with(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with run.lock():
         run.begin(config(), INPUTS)
+        write_record(run.path / "before.json", EvaluationRecord())
         run.begin(config(), {**INPUTS, "versions": {"torch": "9"}})
     assert run.config() == config()
     assert run.environment() == INPUTS
