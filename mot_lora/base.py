@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,6 @@ from mot_lora.merged import Merged
 from mot_lora.progress import Progress, silent
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast for each int8 product
-transformers_logging.disable_progress_bar()  # a bar of its own for each loaded tensor
 
 
 def load_model(checkpoint: Checkpoint, quantization: str, device: torch.device) -> PreTrainedModel:
@@ -35,17 +35,17 @@ def load_model(checkpoint: Checkpoint, quantization: str, device: torch.device) 
     bf16 on a GPU and fp32 on a CPU.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = {
-        "nf4": lambda: BitsAndBytesConfig(
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-        ),
-        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-        "none": lambda: None,
-    }[quantization]()
-    with warnings.catch_warnings():
+        )
+    elif quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    with warnings.catch_warnings(), _without_bars():
         warnings.simplefilter("ignore", FutureWarning)
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, quantization_config=config, dtype=dtype, device_map={"": device}
@@ -59,6 +59,18 @@ def load_model(checkpoint: Checkpoint, quantization: str, device: torch.device) 
     said = cast("Any", model.generation_config)
     model.generation_config = GenerationConfig(eos_token_id=said.eos_token_id if said else None)
     return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep back the bar that transformers shows for loaded tensors; progress has its own seam here."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 # --- one layer's weights -------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def train(
         )
         if settings.activation_checkpointing:
             base: Any = model.get_base_model()
-            # the older name, before transformers 5.20 or so
+            # transformers 5.17 has only the older name
             getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
         trainer = BranchTrainer(
             chunk=settings.loss_chunk,

@@ -21,11 +21,6 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
-@app.callback()
-def _commands() -> None:  # pyright: ignore[reportUnusedFunction]
-    """Keeps `run` a command of its own."""
-
-
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="a YAML config, e.g. recipes/quickstart.yaml")],
