@@ -1,14 +1,14 @@
 """Build the demo that ships inside mot_lora: a tiny Qwen3 student, four teachers, two exams.
 
-    python recipes/build_demo.py                 # everything, half an hour on two quiet cores
+    python recipes/build_demo.py                 # everything; 57 minutes on one thread of a busy machine
     python recipes/build_demo.py --only data     # only the teachers' traces and the two exams
     python recipes/build_demo.py --resume        # go on from the last checkpoint
 
 The subject is word problems: somebody has some things, 1 to 6 events change how many. The student
 is trained from nothing on arithmetic and on SHORT problems (1 to 3 events), answered in many
-layouts. Long problems (4 to 6 events) it meets late, rarely, and often answered sloppily. So it
-owns every sub-skill and still fails most long problems, and this is what the teachers, who differ
-in layout, order and care, have in common to teach.
+layouts. Long problems (4 to 6 events) it meets late, and most of those with 5 or 6 stop after three.
+So it can do the long ones and still stops early, and going on to the end is what the careful
+teachers, who differ in wording, layout and order, have in common to teach.
 
 On busy cores set GOMP_SPINCOUNT=0, or the threads burn their time waiting for each other.
 """
