@@ -1,6 +1,5 @@
 """Teachers' traces and evaluation questions, from JSONL to tokenized chat examples with a loss mask."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
+from mot_lora.merge import seed_for
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def hold_out(traces: Iterable[Trace], share: float, seed: int) -> tuple[list[Tra
     train: list[Trace] = []
     held: list[Trace] = []
     for trace in traces:
-        digest = hashlib.sha256(f"{seed}\x1f{trace.question}".encode()).digest()
-        (held if int.from_bytes(digest[:8], "big") < share * 2**64 else train).append(trace)
+        (held if seed_for(seed, trace.question) < share * 2**63 else train).append(trace)
     return train, held
 
 
