@@ -5,31 +5,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mot_lora.adapters import adapter_from_peft, load_adapter, save_adapter
-    from mot_lora.base import fold_checkpoint
+    from mot_lora.adapters import load_adapter
     from mot_lora.config import Config, load_config
     from mot_lora.errors import UserError
     from mot_lora.export import export
-    from mot_lora.lowrank import Adapter, Factors
-    from mot_lora.merge import METHODS, dare_linear, dare_ties, linear, ties
-    from mot_lora.merged import Merged, merge_adapters
-    from mot_lora.records import EvaluationRecord, RunRecord, TrainRecord
+    from mot_lora.fold import fold_checkpoint, verify_checkpoint
+    from mot_lora.live import adapter_from_peft, add_merged_adapter
+    from mot_lora.lowrank import Adapter, Dense, Factors
+    from mot_lora.merge import METHODS, dare_linear, dare_ties, della, linear, sce, ties
+    from mot_lora.merged import Merged
+    from mot_lora.pack import save_adapter
+    from mot_lora.records import EvaluationRecord, RunRecord, SaveRecord, TrainRecord, VerifyRecord
     from mot_lora.rounds import run
+    from mot_lora.sources import merge_adapters
 
 # On a CPU bitsandbytes suggests, while it is imported, a package that would fetch kernels from a hub at run time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 _ROOMS = {
-    "adapters": ("adapter_from_peft", "load_adapter", "save_adapter"),
-    "base": ("fold_checkpoint",),
+    "adapters": ("load_adapter",),
     "config": ("Config", "load_config"),
     "errors": ("UserError",),
     "export": ("export",),
-    "lowrank": ("Adapter", "Factors"),
-    "merge": ("METHODS", "dare_linear", "dare_ties", "linear", "ties"),
-    "merged": ("Merged", "merge_adapters"),
-    "records": ("EvaluationRecord", "RunRecord", "TrainRecord"),
+    "fold": ("fold_checkpoint", "verify_checkpoint"),
+    "live": ("adapter_from_peft", "add_merged_adapter"),
+    "lowrank": ("Adapter", "Dense", "Factors"),
+    "merge": ("METHODS", "dare_linear", "dare_ties", "della", "linear", "sce", "ties"),
+    "merged": ("Merged",),
+    "pack": ("save_adapter",),
+    "records": ("EvaluationRecord", "RunRecord", "SaveRecord", "TrainRecord", "VerifyRecord"),
     "rounds": ("run",),
+    "sources": ("merge_adapters",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -37,15 +43,20 @@ __all__ = [
     "METHODS",
     "Adapter",
     "Config",
+    "Dense",
     "EvaluationRecord",
     "Factors",
     "Merged",
     "RunRecord",
+    "SaveRecord",
     "TrainRecord",
     "UserError",
+    "VerifyRecord",
     "adapter_from_peft",
+    "add_merged_adapter",
     "dare_linear",
     "dare_ties",
+    "della",
     "export",
     "fold_checkpoint",
     "linear",
@@ -54,7 +65,9 @@ __all__ = [
     "merge_adapters",
     "run",
     "save_adapter",
+    "sce",
     "ties",
+    "verify_checkpoint",
 ]
 
 

@@ -1,33 +1,29 @@
-"""PEFT LoRA adapters, from a folder or a live model, as factors; and factors as a PEFT folder."""
+"""PEFT LoRA adapters from folders and the Hub: every tensor becomes part of an update, or the adapter is refused."""
 
 import json
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from mot_lora.checkpoint import Checkpoint, download
+from mot_lora.config import first_match
 from mot_lora.errors import UserError
-from mot_lora.lowrank import Adapter, Factors, inner, truncate
-from mot_lora.merged import Merged
+from mot_lora.layout import Layout
+from mot_lora.lowrank import Adapter, Dense, Factors, Origin, Update
+from mot_lora.tensorfile import TensorFile
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
-# What a LoRA config can ask for that is not scaling * B @ A on a frozen linear layer, and what it is.
+# What a LoRA config can ask for that no update of the base's parameters is, and what it is.
 REFUSED = {
-    "use_dora": "DoRA also rescales the columns of the base",
-    "lora_bias": "its B has a bias",
-    "modules_to_save": "it carries whole trained modules",
-    "trainable_token_indices": "it carries trained embeddings",
-    "fan_in_fan_out": "its base holds transposed weights (Conv1D)",
-    "target_parameters": "it trains parameters that are not linear layers (experts)",
     "layer_replication": "its base has other layers than the checkpoint",
     "alora_invocation_tokens": "it is active on some tokens only",
     "use_qalora": "its A acts on pooled inputs",
@@ -41,10 +37,26 @@ REFUSED = {
 REFUSED_INITS = {"pissa", "olora", "corda", "loftq", "lora_ga"}
 
 
-def load_adapter(path: str | Path, name: str | None = None, device: str | torch.device = "cpu") -> Adapter:
-    """Read a PEFT LoRA folder. Every tensor in it is used, or the folder is refused.
+class Base(Protocol):
+    """What some adapters need of their base: a parameter's values as they are multiplied with, and its modules."""
 
-    D = alpha/r * B @ A, alpha/sqrt(r) * B @ A for rsLoRA; rank_pattern and alpha_pattern count.
+    @property
+    def tied(self) -> Mapping[str, str]: ...
+    def module(self, name: str) -> nn.Module: ...
+    def weight(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor: ...
+
+
+def load_adapter(
+    path: str | Path,
+    name: str | None = None,
+    device: str | torch.device = "cpu",
+    base: str | Path | Checkpoint | None = None,
+) -> Adapter:
+    """Read a PEFT LoRA folder, or a Hub adapter. Every tensor in it is used, or it is refused.
+
+    D = alpha/r * B @ A, alpha/sqrt(r) * B @ A for rsLoRA; rank_pattern and alpha_pattern count. Tensors are read when
+    their module is asked for, so that an adapter takes no memory. DoRA, modules_to_save, trainable_token_indices and
+    several target_parameters of one module need the base; it is `base`, or the folder that the adapter itself names.
     The adapter is named after its folder unless `name` is given.
 
     Errors: UserError, which names the file, and the key or setting that cannot be merged exactly.
@@ -52,121 +64,329 @@ def load_adapter(path: str | Path, name: str | None = None, device: str | torch.
     >>> load_adapter("runs/demo/round-001/steps").name  # doctest: +SKIP
     'steps'
     """
-    path = Path(path)
-    config = _read_config(path)
-    if why := _refusal(config):
-        raise UserError(f"{path / CONFIG_FILE}: cannot be merged exactly: {why}")
-    file = path / WEIGHTS_FILE
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = download(str(path), [CONFIG_FILE, WEIGHTS_FILE], "adapter")
+    config = _read_config(folder)
+    file = folder / WEIGHTS_FILE
     if not file.exists():
-        raise UserError(f"{path}: has no {WEIGHTS_FILE}; save the adapter again with safe_serialization=True")
-    try:
-        tensors = load_file(file, device=str(device))
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: damaged or not safetensors ({e}); copy or train it again") from e
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            raise UserError(f"{file}: key {key} is not a LoRA factor of a linear layer, so it cannot be merged")
-        halves.setdefault(match[1], {})[match[2]] = tensor
-    factors: dict[str, Factors] = {}
-    for module, half in sorted(halves.items()):
-        if set(half) != {"A", "B"}:
-            raise UserError(f"{file}: module {module} has only its lora_{min(half)}")
-        a, b = half["A"], half["B"]
-        if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[0] == b.shape[1]:
+        raise UserError(f"{folder}: has no {WEIGHTS_FILE}; save the adapter again with safe_serialization=True")
+    stored = TensorFile(file)
+    for key in stored.entries:
+        if not stored.read(key).isfinite().all():
+            raise UserError(f"{file}: {key} holds numbers that are not finite; train it again")
+
+    def opened() -> Base:
+        said = base or config.get("base_model_name_or_path")
+        if isinstance(said, Checkpoint):
+            return Layout(said)
+        if base is None and not (said and Path(said).is_dir()):
+            raise UserError(f"{folder}: needs its base's weights to be merged; name it with base= or --base")
+        return Layout(Checkpoint.open(cast("str", said)))
+
+    shapes = {key: entry.shape for key, entry in stored.entries.items()}
+    source = Source(str(file), config, shapes, lambda key: stored.read(key, device), opened)
+    return Adapter(name or Path(path).resolve().name, source.updates(), config.get("base_model_name_or_path"), config)
+
+
+@dataclass
+class Source:
+    """An adapter's config and tensors, in PEFT's names, wherever they come from; it makes updates of them.
+
+    `label` is what errors name; `open_base` gives the base when an update first needs it.
+    """
+
+    label: str
+    config: Mapping[str, Any]
+    shapes: Mapping[str, Sequence[int]]
+    read: Callable[[str], Tensor]
+    open_base: Callable[[], Base]
+    scaling: Callable[[str], float] | None = None
+    _base: Base | None = None
+
+    @property
+    def base(self) -> Base:
+        self._base = self._base or self.open_base()
+        return self._base
+
+    def updates(self) -> Mapping[str, Update]:
+        """Every update of the adapter, made when it is asked for.
+
+        Errors: UserError for what cannot be exact, and for any tensor that belongs to nothing.
+        """
+        if why := refusal(self.config):
+            raise UserError(f"{self.label}: cannot be merged exactly: {why}")
+        groups: dict[str, dict[str, str]] = {}
+        for key in self.shapes:
+            module, kind = _classify(key, self.label)
+            groups.setdefault(module, {})[kind] = key
+        made: dict[str, Callable[[], Update]] = {}
+        for module in _in_order(groups):
+            made |= self._module(module, groups[module], groups)
+        if not made:
+            raise UserError(f"{self.label}: holds no LoRA factors")
+        self._check_targets(groups)
+        return Made(made)
+
+    def _module(
+        self, module: str, keys: Mapping[str, str], groups: Mapping[str, Mapping[str, str]]
+    ) -> dict[str, Callable[[], Update]]:
+        """The updates that one module's tensors are."""
+        left = dict(keys)
+        out: dict[str, Callable[[], Update]] = {}
+        name = module.replace(".base_layer", "")
+        if tokens := left.pop("tokens", None):
+            out |= self._tokens(name, tokens)
+        embedding = "embedding_A" in left or "embedding_B" in left
+        pair = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+        if any(kind in left for kind in pair):
+            if not all(kind in left for kind in pair):
+                raise UserError(f"{self.label}: module {name} has only its lora_{next(k for k in pair if k in left)}")
+            a, b = (left.pop(kind) for kind in pair)
+            key, factors = self._factors(module, name, a, b, embedding, groups)
+            if copy := left.pop("copy", None):
+                self._check_copy(name, copy)
+            if magnitude := left.pop("magnitude", None):
+                factors = self._dora(key, factors, magnitude)
+            out[key] = factors
+            if bias := left.pop("B.bias", None):
+                out[f"{name}.bias"] = self._bias(name, bias)
+        for kind in [k for k in left if k.startswith("whole.")]:
+            parameter = kind.removeprefix("whole.")
+            key = name if parameter == "weight" else f"{name}.{parameter}" if name else parameter
+            if not self._is_whole(name):
+                raise UserError(f"{self.label}: key {left[kind]} is no part of a LoRA, so it cannot be merged")
+            out[key] = self._whole(key, left.pop(kind))
+        if left:
+            raise UserError(f"{self.label}: key {next(iter(left.values()))} is no part of a LoRA; it cannot be merged")
+        return out
+
+    def _factors(
+        self, module: str, name: str, a: str, b: str, embedding: bool, groups: Mapping[str, Any]
+    ) -> tuple[str, Callable[[], Factors]]:
+        shape_a, shape_b = list(self.shapes[a]), list(self.shapes[b])
+        if len(shape_a) != 2 or len(shape_b) != 2 or not 0 < shape_a[0] == shape_b[1]:
+            raise UserError(f"{self.label}: module {name}: A {shape_a} and B {shape_b} are not [r, in] and [out, r]")
+        parameter = None if embedding else self._parameter(module, name, groups)
+        full = f"{name}.{parameter}" if parameter else name
+        rank = self._rank(full)
+        if shape_a[0] != rank and not (parameter and rank and shape_a[0] % rank == 0):
+            raise UserError(f"{self.label}: module {full} has rank {shape_a[0]}, but {CONFIG_FILE} says {rank}")
+        scaling = self.scaling(full) if self.scaling else self._scaling(full, rank)
+        experts = shape_a[0] // rank
+
+        def linear() -> Factors:
+            return Factors(self.read(a), self.read(b), scaling, "parameter" if parameter else "linear")
+
+        def lookup() -> Factors:  # D = (B A)^T: rows are tokens
+            return Factors(self.read(b).T, self.read(a).T, scaling, "embedding")
+
+        def stacked() -> Factors:  # PEFT stacks A by expert, and interleaves them in B
+            factors_a = self.read(a).unflatten(0, (experts, rank))
+            return Factors(factors_a, self.read(b).unflatten(1, (rank, experts)).permute(2, 0, 1), scaling, "parameter")
+
+        if embedding:
+            return full, lookup
+        if experts > 1:
+            return full, stacked
+        return full, linear
+
+    def _parameter(self, module: str, name: str, groups: Mapping[str, Any]) -> str | None:
+        """Which bare parameter of a module this LoRA is of; None for a LoRA of a linear layer."""
+        targets = [t.rpartition(".") for t in self.config.get("target_parameters") or ()]
+        mine = sorted({p for m, _, p in targets if m and _ends(name, m)}) or sorted({p for m, _, p in targets if not m})
+        nested = sorted((g for g in groups if g.replace(".base_layer", "") == name), key=len, reverse=True)
+        if not mine or (len(nested) == 1 and is_target(self.config, name)):
+            return None
+        if len(mine) == 1:
+            return mine[0]
+        # PEFT wraps a module's parameters in the order in which the module has them, and names none of them
+        known = [n for n, _ in self.base.module(name).named_parameters(recurse=False) if n in mine]
+        if len(known) != len(nested):
             raise UserError(
-                f"{file}: module {module}: A {list(a.shape)} and B {list(b.shape)} are not [r, in] and [out, r]"
+                f"{self.label}: {name} has {len(nested)} LoRAs of bare parameters, but its base has "
+                f"{', '.join(known) or 'none'} of {', '.join(mine)}"
             )
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise UserError(f"{file}: module {module} holds numbers that are not finite; train it again")
-        factors[module] = Factors(a, b, _scaling(config, module, a.shape[0], file))
-    if not factors:
-        raise UserError(f"{file}: holds no LoRA factors")
-    return Adapter(name or path.name, factors, config.get("base_model_name_or_path"))
+        return known[nested.index(module)]
+
+    def _rank(self, module: str) -> int:
+        patterns = self.config.get("rank_pattern") or {}
+        rank = patterns.get(first_match(patterns, module), self.config.get("r"))
+        if not isinstance(rank, int) or rank < 1:
+            raise UserError(f"{self.label}: {CONFIG_FILE} says rank {rank!r} for {module}")
+        return rank
+
+    def _scaling(self, module: str, rank: int) -> float:
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = patterns.get(first_match(patterns, module), self.config.get("lora_alpha"))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise UserError(f"{self.label}: lora_alpha of {module} is not a number: {alpha!r}")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _dora(self, key: str, factors: Callable[[], Factors], magnitude: str) -> Callable[[], Dense]:
+        """DoRA (arXiv 2402.09353): D = m (W + B A) / |W + B A| - W, the norm taken for each output."""
+        base = self.base
+
+        def make() -> Dense:
+            update = factors()
+            across = 0 if update.form == "embedding" else 1
+
+            def delta(dtype: torch.dtype) -> Tensor:
+                weight = base.weight(key, dtype)
+                new = weight + update.delta(dtype)
+                size = self.read(magnitude).to(dtype) / torch.linalg.norm(new, dim=across)  # pyright: ignore
+                return new.mul_(size.unsqueeze(across)).sub_(weight)
+
+            return Dense(update.shape, delta, update.form)
+
+        return make
+
+    def _bias(self, name: str, key: str) -> Callable[[], Dense]:
+        scaling = self.scaling(name) if self.scaling else self._scaling(name, self._rank(name))
+
+        def make() -> Dense:
+            return Dense(torch.Size(self.shapes[key]), lambda dtype: self.read(key).to(dtype) * scaling, "bias")
+
+        return make
+
+    def _tokens(self, name: str, key: str) -> dict[str, Callable[[], Update]]:
+        """Trained rows of an embedding, as the low-rank update one-hot rows @ (new - old); a tied head shares them."""
+        said: Any = self.config.get("trainable_token_indices")
+        tokens: Any = said if not isinstance(said, dict) else said.get(first_match(said, name) or "")
+        if tokens is None or len(tokens) != self.shapes[key][0]:
+            raise UserError(f"{self.label}: {key} does not fit trainable_token_indices of {CONFIG_FILE}")
+        base = self.base
+
+        def make(form: Any) -> Callable[[], Factors]:
+            def factors() -> Factors:
+                old = base.weight(name)
+                rows = torch.zeros(len(old), len(tokens))
+                rows[tokens, range(len(tokens))] = 1.0
+                return Factors(self.read(key).float() - old[tokens].to(self.read(key).device), rows, 1.0, form)
+
+            return factors
+
+        heads = [t.removesuffix(".weight") for t, s in base.tied.items() if s == f"{name}.weight"]
+        return {name: make("embedding"), **{head: make("linear") for head in heads}}
+
+    def _is_whole(self, name: str) -> bool:
+        return any(_ends(name, m) or f".{m}." in f".{name}." for m in self.config.get("modules_to_save") or ())
+
+    def _whole(self, key: str, stored: str) -> Callable[[], Dense]:
+        """A trained copy of a parameter: D = copy - W."""
+        base = self.base
+
+        def make() -> Dense:
+            def delta(dtype: torch.dtype) -> Tensor:
+                return self.read(stored).to(dtype) - base.weight(key, dtype)
+
+            origin = Origin(stored.removeprefix(PREFIX), lambda dtype: base.weight(key, dtype))
+            return Dense(torch.Size(self.shapes[stored]), delta, "whole", origin)
+
+        if tuple(base.weight(key).shape) != tuple(self.shapes[stored]):
+            raise UserError(f"{self.label}: {stored} is {list(self.shapes[stored])}, its base's has another shape")
+        return make
+
+    def _check_copy(self, name: str, key: str) -> None:
+        """PEFT saves a copy of the base's weight beside a LoRA of an embedding or a head; it must be the base's."""
+        copy = self.read(key)
+        weight = self.base.weight(name)
+        if weight.shape != copy.shape or not torch.equal(weight.to(copy.dtype), copy.to(weight.device)):
+            raise UserError(
+                f"{self.label}: {key} is not the base's weight: it was resized or trained; merge into that base"
+            )
+
+    def _check_targets(self, groups: Mapping[str, Any]) -> None:
+        """Each module that the config lists must be there; a name that the model never had cannot be told from it."""
+        listed = self.config.get("modules_to_save") or ()
+        for target in listed:
+            if not any(_ends(g.replace(".base_layer", ""), target) or f".{target}." in f".{g}." for g in groups):
+                raise UserError(f"{self.label}: holds nothing of `{target}`, which modules_to_save lists")
 
 
-def adapter_from_peft(model: PeftModel, name: str = "default") -> Adapter:
-    """A copy of one adapter of a live PEFT model, with the scaling it has now.
+@dataclass(frozen=True)
+class Made(Mapping[str, Update]):
+    """Updates that are made when they are asked for, and not kept."""
 
-    Errors: UserError when the model has no such adapter, or it cannot be merged exactly.
+    makers: Mapping[str, Callable[[], Update]] = field(default_factory=dict[str, Callable[[], Update]])
 
-    >>> adapter_from_peft(peft_model, "default").factors.keys()  # doctest: +SKIP
-    """
-    if name not in model.peft_config:
-        raise UserError(f"the model has no adapter `{name}`; it has {', '.join(model.peft_config)}")
-    if why := _refusal(model.peft_config[name].to_dict()):
-        raise UserError(f"adapter `{name}` cannot be merged exactly: {why}")
-    if model.peft_config[name].peft_type != "LORA":
-        raise UserError(f"adapter `{name}` is not a LoRA adapter; only peft_type LORA can be merged")
-    for module, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer) and name in layer.lora_embedding_A:
-            raise UserError(f"adapter `{name}`: {module} is an embedding, whose update cannot be merged")
-    factors = {
-        module: Factors(
-            cast("Any", layer.lora_A)[name].weight.detach().clone(),
-            cast("Any", layer.lora_B)[name].weight.detach().clone(),
-            layer.scaling[name],
-        )
-        for module, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and name in layer.lora_A
-    }
-    return Adapter(name, factors, model.peft_config[name].base_model_name_or_path)
+    def __getitem__(self, module: str) -> Update:
+        return self.makers[module]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.makers
 
 
-def save_adapter(adapter: Adapter | Merged, path: str | Path, rank: int | None = None) -> float:
-    """Write a folder that PEFT loads, and return the share |lost| / |D| of the update that `rank` cost.
-
-    Without a rank the copy is exact (in fp32): factors as they are, or concatenated for a linear merge. With one,
-    each module gets its best copy of that rank. The scaling is folded into B, so r = alpha in the written config.
-
-    Errors: UserError for a TIES or DARE merge without a rank.
-
-    >>> save_adapter(merge_adapters([a, b]), "merged", rank=16)  # doctest: +SKIP
-    0.031
-    """
-    modules = adapter.shapes if isinstance(adapter, Merged) else adapter.factors
-    lost_sq = total_sq = 0.0
-    tensors: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    for module in modules:
-        exact = _exact_factors(adapter, module, rank)
-        written, lost = (exact, 0.0) if rank is None or rank >= exact.rank else truncate(exact, rank)
-        norm_sq = inner(exact, exact)
-        lost_sq, total_sq = lost_sq + lost**2 * norm_sq, total_sq + norm_sq
-        ranks[module] = written.rank
-        prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = written.a.float().contiguous().cpu()
-        tensors[f"{prefix}.lora_B.weight"] = (written.b.float() * written.scaling).contiguous().cpu()
-    top = max(ranks.values())
-    other = {rf"^{re.escape(m)}": r for m, r in ranks.items() if r != top}
-    base = adapter.adapters[0].base if isinstance(adapter, Merged) else adapter.base
-    config = LoraConfig(
-        r=top,
-        lora_alpha=top,
-        rank_pattern=other,
-        alpha_pattern=dict(other),
-        target_modules=sorted(ranks),
-        base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(path))
-    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
-    return math.sqrt(lost_sq / total_sq) if total_sq else 0.0
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Why an adapter with this config is no update of its base's parameters, or None."""
+    if str(getattr(config.get("peft_type"), "value", config.get("peft_type"))) != "LORA":
+        return f"peft_type {config.get('peft_type')}: only LORA adapters can be merged"
+    for key, why in REFUSED.items():
+        if config.get(key):
+            return f"{key}: {why}"
+    if config.get("bias", "none") != "none":
+        return f"bias: {config['bias']}: the biases are the base's own, which adapters overwrite for one another"
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().split("_niter")[0] in REFUSED_INITS:
+        return f"init_lora_weights: {init}: its base is not the original one; convert it to plain LoRA first"
+    return None
 
 
-def _exact_factors(adapter: Adapter | Merged, module: str, rank: int | None) -> Factors:
-    if isinstance(adapter, Adapter):
-        return adapter.factors[module]
-    if adapter.method == "linear" or rank is None:
-        return adapter.factors(module)
-    dense = adapter.delta(module)
-    # a dense result has no factors to start from: put an identity on its shorter side
-    eye = torch.eye(min(dense.shape), device=dense.device)
-    return Factors(dense, eye) if dense.shape[0] <= dense.shape[1] else Factors(eye, dense)
+KINDS = {
+    r"lora_([AB])\.weight": r"\2",
+    r"lora_B\.bias": "B.bias",
+    r"lora_embedding_([AB])": r"embedding_\2",
+    r"lora_magnitude_vector(?:\.weight)?": "magnitude",
+    r"base_layer\.weight": "copy",
+    r"token_adapter\.trainable_tokens_delta": "tokens",
+}
+
+
+def _classify(key: str, label: str) -> tuple[str, str]:
+    """The module that a tensor belongs to, and what it is of it."""
+    if not key.startswith(PREFIX):
+        raise UserError(f"{label}: key {key} is not a LoRA factor: PEFT's names begin with {PREFIX}")
+    name = key.removeprefix(PREFIX)
+    for pattern, kind in KINDS.items():
+        if match := re.fullmatch(rf"(.+)\.{pattern}", name):
+            return match[1], match.expand(kind)
+    if "lora_" in name:
+        raise UserError(f"{label}: key {key} is not a LoRA factor that can be merged")
+    module, _, parameter = name.rpartition(".")
+    return module, f"whole.{parameter}"
+
+
+def _in_order(groups: Mapping[str, Any]) -> list[str]:
+    """Modules by name, the LoRAs of one module's bare parameters from the innermost, as PEFT wraps them."""
+    return sorted(groups, key=lambda g: (g.replace(".base_layer", ""), -len(g)))
+
+
+def _ends(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")
+
+
+def is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether an adapter's config asks for a LoRA on this module."""
+    targets = config.get("target_modules")
+    if targets == "all-linear":  # PEFT writes out what it found, so this says nothing
+        return False
+    if not any(config.get(key) for key in ("exclude_modules", "layers_to_transform", "modules_to_save")):
+        return bool(re.fullmatch(targets, module)) if isinstance(targets, str) else _any_ends(module, targets)
+    from peft import LoraConfig  # its own rule for the rare cases: it takes seconds to load
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    return bool(check_target_module_exists(LoraConfig(**{k: config.get(k) for k in keys}), module))
+
+
+def _any_ends(module: str, targets: Any) -> bool:
+    return any(_ends(module, t) for t in targets or ())
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -189,27 +409,3 @@ def _read_config(path: Path) -> dict[str, Any]:
         except (TypeError, re.error) as e:
             raise UserError(f"{file}: {key} must map patterns of module names to numbers ({e})") from e
     return config
-
-
-def _refusal(config: dict[str, Any]) -> str | None:
-    """Why an adapter with this config is not scaling * B @ A on linear layers, or None."""
-    for key, why in REFUSED.items():
-        if config.get(key):
-            return f"{key}: {why}"
-    if config.get("bias", "none") != "none":
-        return f"bias: {config['bias']}: it carries trained biases"
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().split("_niter")[0] in REFUSED_INITS:
-        return f"init_lora_weights: {init}: its base is not the original one; convert it to plain LoRA first"
-    return None
-
-
-def _scaling(config: dict[str, Any], module: str, rank: int, file: Path) -> float:
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    said = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
-    if said != rank:
-        raise UserError(f"{file}: module {module} has rank {rank}, but {CONFIG_FILE} says {said}")
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise UserError(f"{file.with_name(CONFIG_FILE)}: lora_alpha is not a number: {alpha!r}")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

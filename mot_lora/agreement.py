@@ -20,7 +20,7 @@ def tally(adapters: Sequence[Adapter], module: str, base: Tensor, update: Tensor
     >>> tally([one], "m", torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2)).survived
     1.0
     """
-    factors = [a.factors.get(module) for a in adapters]
+    factors = [a.updates.get(module) for a in adapters]
     gram = tuple(tuple(0.0 if x is None or y is None else inner(x, y) for y in factors) for x in factors)
     signs = torch.stack([f.delta().sign() if f else torch.zeros_like(update) for f in factors])
     return Tally(

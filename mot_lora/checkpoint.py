@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mot_lora.errors import UserError
+from mot_lora.tensorfile import TensorFile
 
 INDEX_FILE = "model.safetensors.index.json"
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model")  # what travels with the weights: tokenizer, templates, config
@@ -35,7 +35,7 @@ class Checkpoint:
         """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache."""
         path = Path(name)
         if not path.is_dir():
-            path = _download(str(name))
+            path = download(str(name), [*COMPANIONS, "*.safetensors"])
         if not (path / "config.json").exists():
             what = "an adapter, not a model" if (path / "adapter_config.json").exists() else "not a model folder"
             raise UserError(f"{name}: {what}: it has no config.json; give the folder or Hub name of the full model")
@@ -57,7 +57,7 @@ class Checkpoint:
             raise UserError(f"{self.path / 'config.json'}: not JSON ({e})") from e
 
     @cached_property
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, TensorFile]:
         """Tensor name -> the shard that holds it."""
         shards = sorted(self.path.glob("*.safetensors"))
         if (self.path / INDEX_FILE).exists():
@@ -68,24 +68,16 @@ class Checkpoint:
                 raise UserError(f"{self.path / INDEX_FILE}: damaged ({e!r}); download the model again") from e
         if not shards:
             raise UserError(f"{self.path}: has no .safetensors; save it again with save_pretrained of transformers")
-        found: dict[str, Path] = {}
-        for shard in shards:
-            try:
-                with safe_open(shard, "pt") as file:
-                    found |= dict.fromkeys(file.keys(), shard)
-            except Exception as e:  # safetensors raises its own and OSError alike
-                raise UserError(f"{shard}: missing or damaged ({e}); download the model again") from e
-        return found
+        return {name: file for file in map(TensorFile, shards) for name in file.entries}
 
     def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """One tensor as it is stored."""
-        with safe_open(self.files[name], "pt", device=str(device)) as file:
-            return file.get_tensor(name)
+        return self.files[name].read(name, device)
 
     def fingerprint(self) -> str:
         """A hash of the config and of each shard's size, header and last MiB: cheap, and it tells two models apart."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in sorted(set(self.files.values())):
+        for shard in sorted({file.path for file in self.files.values()}):
             with shard.open("rb") as file:
                 header = int.from_bytes(file.read(8), "little")
                 size = shard.stat().st_size
@@ -95,12 +87,13 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
-def _download(name: str) -> Path:
+def download(name: str, patterns: list[str], kind: str = "model") -> Path:
+    """The folder of a Hub repository, its files that match the patterns downloaded once into the Hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*COMPANIONS, "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{name}: neither a folder here nor a model on the Hub that can be had now ({reason})") from e
+        raise UserError(f"{name}: neither a folder here nor a {kind} on the Hub that can be had now ({reason})") from e

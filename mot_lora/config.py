@@ -1,16 +1,27 @@
 """What a run is asked to do: frozen settings, and the one reader of YAML."""
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mot_lora.errors import UserError
 
+MERGE_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "della", "sce")
 DEMO = "demo:"  # student: demo:student is the student that the package carries
 
 
@@ -18,6 +29,32 @@ class Settings(BaseModel):
     """The base of every group of settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+PerModule = float | dict[str, float]
+"""A number, or numbers by module pattern: a regular expression that ends a module's name (`q_proj`, `layers.3.mlp.*`),
+as in PEFT's rank_pattern; the first that matches counts."""
+
+
+def first_match(patterns: Iterable[str], module: str) -> str | None:
+    """The first pattern that a module's name ends with, at a dot or whole; None when none does.
+
+    >>> first_match(["k_proj", "mlp.*"], "model.layers.0.mlp.up_proj")
+    'mlp.*'
+    """
+    return next((p for p in patterns if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), None)
+
+
+def for_module(setting: PerModule, module: str, default: float = 1.0) -> float:
+    """What a setting is for one module; `default` where no pattern matches.
+
+    >>> for_module({"q_proj": 0.5}, "model.layers.0.self_attn.q_proj")
+    0.5
+    """
+    if not isinstance(setting, dict):
+        return setting
+    key = first_match(setting, module)
+    return default if key is None else setting[key]
 
 
 class TeacherConfig(Settings):
@@ -71,17 +108,46 @@ class LoraConfig(Settings):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
-class MergeConfig(Settings):
-    """How the branches of a round become one update."""
+def _known_method(method: str) -> str:
+    if method not in MERGE_METHODS and not re.fullmatch(r"[\w.]+:[\w.]+", method):
+        raise ValueError(f"unknown method `{method}`; use {', '.join(MERGE_METHODS)}, or module:function of your own")
+    return method
 
-    method: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
-    weights: tuple[float, ...] | None = None
-    density: float | None = Field(default=None, gt=0, le=1)
-    scale: float = Field(default=1.0, gt=0)
+
+class MergeConfig(Settings):
+    """How several adapters become one update: the merge spec of a run, and of `mot-lora merge --spec`.
+
+    `method` is a name (linear, ties, dare_linear, dare_ties, della, sce) or the place of a function of your own, as
+    `module:function`. weights, density and scale may differ by module. `space` is where they meet: the weights' own
+    unless given.
+    """
+
+    method: Annotated[str, AfterValidator(_known_method)] = "linear"
+    weights: tuple[PerModule, ...] | None = None
+    density: PerModule | None = None
+    scale: PerModule = 1.0
+    space: Literal["core", "knots"] | None = None
+
+    @field_validator("density", "scale", "weights")
+    @classmethod
+    def _in_range(cls, value: Any, info: ValidationInfo) -> object:
+        for setting in value if isinstance(value, tuple) else (value,):
+            for pattern, number in setting.items() if isinstance(setting, dict) else ((".*", setting),):
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    raise ValueError(f"`{pattern}` is not a pattern of module names ({e})") from e
+                if info.field_name == "density" and number is not None and not 0 < number <= 1:
+                    raise ValueError(f"density must be in (0, 1], not {number}")
+                if info.field_name == "scale" and number <= 0:
+                    raise ValueError(f"scale must be above 0, not {number}")
+                if info.field_name == "weights" and number < 0:
+                    raise ValueError(f"weights must not be negative, not {number}")
+        return value
 
     @model_validator(mode="after")
     def _density_fits(self) -> "MergeConfig":
-        if (self.method == "linear") != (self.density is None):
+        if self.method in MERGE_METHODS and (self.method == "linear") != (self.density is None):
             wants = "takes no" if self.method == "linear" else "needs a"
             raise ValueError(f"method `{self.method}` {wants} `density`")
         return self
@@ -150,8 +216,8 @@ class Config(Settings):
         w = self.merge.weights
         if w is not None and len(w) != len(self.teachers):
             raise ValueError(f"merge.weights has {len(w)} numbers for {len(self.teachers)} teachers")
-        if w is not None and (min(w) < 0 or sum(w) <= 0):
-            raise ValueError("merge.weights must not be negative, nor all 0")
+        if w is not None and all(x == 0 for x in w):
+            raise ValueError("merge.weights must not be all 0")
         if self.metric == "accuracy" and self.eval.data is None:
             raise ValueError("stop.metric `accuracy` needs `eval.data`")
         if self.metric == "loss" and self.eval.holdout == 0:
@@ -213,7 +279,8 @@ def parse_config(tree: Any, source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        loc = " ".join(".".join(str(x) for x in first["loc"]).split())  # one line, whatever the key
+        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]")]  # the branches of a union
+        loc = " ".join(".".join(map(str, keys)).split())  # one line, whatever the key
         if first["type"] == "extra_forbidden":
             known = _keys_beside(first["loc"])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from mot_lora.base import fold_checkpoint
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.config import Config
+from mot_lora.config import Config, PerModule
 from mot_lora.errors import UserError
+from mot_lora.fold import fold_checkpoint
 from mot_lora.ledger import read_ledger, read_run
 from mot_lora.progress import Progress, silent
 from mot_lora.records import RunRecord
@@ -56,8 +56,9 @@ def export(
 def model_card(config: Config, record: RunRecord, number: int) -> str:
     """The README of an exported student: base, teachers, merge, results."""
     merge = record.rounds[number - 1]
-    teachers = "\n".join(f"- {t} (weight {w:g})" for t, w in zip(merge.teachers, merge.weights, strict=True))
-    density = "" if merge.density is None else f", density {merge.density:g}"
+    teachers = "\n".join(f"- {t} (weight {_text(w)})" for t, w in zip(merge.teachers, merge.weights, strict=True))
+    density = "" if merge.density is None else f", density {_text(merge.density)}"
+    how = f"{merge.method}{density}, scale {_text(merge.scale)}"
     rows = [("before", record.before), *((f"after round {r.round}", r.evaluation) for r in record.rounds[:number])]
     table = "\n".join(f"| {name} | {e.accuracy_text} | {e.loss_text} |" for name, e in rows)
     return f"""---
@@ -68,7 +69,7 @@ tags: [merge-of-thought, mot-lora]
 # {Path(config.student).name} after {number} rounds of Merge-of-Thought distillation
 
 Made with mot-lora {metadata.version("mot-lora")} (arXiv 2509.08814): in each round one LoRA adapter a teacher was
-trained on a base in {config.quantization}, the adapters were merged ({merge.method}{density}, scale {merge.scale:g})
+trained on a base in {config.quantization}, the adapters were merged ({how})
 and folded into the base.
 
 Teachers:
@@ -80,3 +81,10 @@ Teachers:
 
 Measured in {config.quantization} on {record.before.questions} held-out questions. Seed {config.seed}.
 """
+
+
+def _text(setting: PerModule) -> str:
+    """`0.5`, or `0.5 for mlp.*, 1 for .*`."""
+    if isinstance(setting, dict):
+        return ", ".join(f"{value:g} for {pattern}" for pattern, value in setting.items())
+    return f"{setting:g}"

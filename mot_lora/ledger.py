@@ -4,7 +4,7 @@ import torch
 
 from mot_lora.adapters import load_adapter
 from mot_lora.errors import UserError
-from mot_lora.merged import Merged, merge_adapters
+from mot_lora.merged import Merged, combine
 from mot_lora.records import BranchRecord, RoundRecord, RunRecord, score
 from mot_lora.rundir import RunDir
 
@@ -21,7 +21,7 @@ def read_ledger(rundir: RunDir, rounds: int, device: str | torch.device = "cpu")
             raise UserError(f"{rundir.path}: round {number} is not finished")
         adapters = [load_adapter(rundir.branch(number, t), t, device) for t in record.teachers]
         ledger.append(
-            merge_adapters(adapters, record.method, record.weights, record.density, record.scale, record.seed)
+            combine(adapters, record.method, record.weights, record.density, record.scale, record.seed, record.space)
         )
     return ledger
 

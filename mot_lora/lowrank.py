@@ -1,9 +1,10 @@
-"""Low-rank updates kept as factors: D = scaling * B @ A."""
+"""Updates of a model's parameters: low-rank ones as factors, D = scaling * B @ A, dense ones made on demand."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,16 +12,20 @@ from torch import Tensor
 from mot_lora.errors import UserError
 
 # torch.linalg comes without types
-_qr: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.qr  # pyright: ignore
-_svd: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(torch.linalg.svd, full_matrices=False)  # pyright: ignore
+eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh  # pyright: ignore
+svd: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(torch.linalg.svd, full_matrices=False)  # pyright: ignore
+
+Form = Literal["linear", "embedding", "parameter", "bias", "whole"]
+"""How PEFT holds an update: LoRA on a linear layer, on an embedding, on a bare parameter (stacked experts); the bias
+of a LoRA's B; or a trained copy of the whole parameter (modules_to_save)."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's update, D = scaling * B @ A.
+    """One parameter's low-rank update, D = scaling * B @ A.
 
-    a: [r, in], b: [out, r], any float dtype; scaling is alpha/r, or alpha/sqrt(r) for rsLoRA
-    (arXiv 2312.03732).
+    a: [..., r, in], b: [..., out, r], any float dtype, with equal leading dimensions (experts); scaling is alpha/r, or
+    alpha/sqrt(r) for rsLoRA (arXiv 2312.03732).
 
     Errors: UserError when the shapes do not multiply.
 
@@ -31,40 +36,74 @@ class Factors:
     a: Tensor
     b: Tensor
     scaling: float = 1.0
+    form: Form = "linear"
 
     def __post_init__(self) -> None:
-        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
-            raise UserError(
-                f"factors A {list(self.a.shape)} and B {list(self.b.shape)} do not multiply: "
-                "A must be [r, in] and B [out, r]"
-            )
+        a, b = self.a.shape, self.b.shape
+        if len(a) < 2 or len(a) != len(b) or a[:-2] != b[:-2] or a[-2] != b[-1]:
+            raise UserError(f"factors A {list(a)} and B {list(b)} do not multiply: A must be [r, in] and B [out, r]")
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.b.shape[0], self.a.shape[1]))
+        return torch.Size((*self.b.shape[:-1], self.a.shape[-1]))
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense update scaling * B @ A, [out, in], computed in `dtype`."""
-        return (self.b.to(dtype) @ self.a.to(dtype)).mul_(self.scaling)
+        """The dense update scaling * B @ A, [..., out, in], computed in `dtype`."""
+        # on the smaller factor, not on the product
+        b, a = self.b.to(dtype), self.a.to(dtype)
+        return (b * self.scaling) @ a if b.numel() < a.numel() else b @ (a * self.scaling)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base's values of a parameter of which an adapter has a trained copy, and the parameter's full name."""
+
+    name: str
+    read: Callable[[torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One parameter's update that is not low-rank: made when asked for, so that it takes no memory before.
+
+    make(dtype) gives D of `shape`; a `whole` parameter has its `origin`, to which D is added.
+
+    >>> Dense(torch.Size([2]), lambda dtype: torch.ones(2, dtype=dtype), "bias").delta()
+    tensor([1., 1.])
+    """
+
+    shape: torch.Size
+    make: Callable[[torch.dtype], Tensor]
+    form: Form = "linear"
+    origin: Origin | None = None
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The update, computed in `dtype`."""
+        return self.make(dtype)
+
+
+Update = Factors | Dense
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A named set of low-rank updates: module name in the base model -> Factors.
+    """A named set of updates: module name in the base model -> its weight's update.
 
-    `base` is the base model that the adapter says it was trained on, if it says so.
+    A bare parameter, and one that is not a weight, is named in full: `model.layers.0.self_attn.q_proj.bias`. `base` is
+    the base model that the adapter says it was trained on, if it says so; `targets` its PEFT config.
 
     >>> Adapter("t1", {"layers.0.q_proj": Factors(torch.ones(2, 3), torch.ones(4, 2))}).name
     't1'
     """
 
     name: str
-    factors: Mapping[str, Factors]
+    updates: Mapping[str, Update]
     base: str | None = None
+    targets: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -83,15 +122,16 @@ def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     if len({p.shape for p in parts}) > 1:
         raise UserError(f"updates of different shapes: {[list(p.shape) for p in parts]}")
     b = [p.b.float() * (w * p.scaling) for p, w in zip(parts, weights, strict=True)]
-    return Factors(torch.cat([p.a.float() for p in parts]), torch.cat(b, dim=1))
+    return Factors(torch.cat([p.a.float() for p in parts], dim=-2), torch.cat(b, dim=-1), form=parts[0].form)
 
 
-def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The best rank-`rank` copy of an update, and the share of its norm that was lost.
+def truncate(update: Factors | Tensor, rank: int) -> tuple[Factors, float]:
+    """The best rank-`rank` copy of an update, and the share of its norm that was lost, |D - D_rank| / |D|.
 
-    B = Q_b R_b, A^T = Q_a R_a, SVD of the small core s * R_b R_a^T (r x r): the cost is O((out + in) r^2), never an SVD
-    of the [out, in] matrix. Lost is |D - D_rank| / |D| (Eckart-Young). fp32 out, the core in fp64.
-    The singular values are split evenly over both sides.
+    Factors: from the Gram matrices of both sides, B^T B = U_b S_b U_b^T and A A^T alike, an SVD of the small core
+    s * S_b^1/2 U_b^T U_a S_a^1/2 (r x r): O((out + in) r^2), never an SVD of the [out, in] matrix. A dense update:
+    from the eigenvectors of the Gram matrix of its shorter side. The Gram matrices are in fp64, so that singular values
+    are right to 1e-8 of the largest; fp32 out, with the singular values split evenly over both sides (Eckart-Young).
 
     Errors: UserError for a rank below 1.
 
@@ -101,14 +141,47 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     """
     if rank < 1:
         raise UserError(f"rank must be at least 1, not {rank}")
-    q_b, r_b = _qr(factors.b.double())
-    q_a, r_a = _qr(factors.a.double().T)
-    u, s, vh = _svd(factors.scaling * r_b @ r_a.T)
+    if isinstance(update, Tensor):
+        return _truncate_dense(update, rank)
+    b, a = update.b.double(), update.a.double()
+    basis_b, root_b = _whiten(b.mT @ b)
+    basis_a, root_a = _whiten(a @ a.mT)
+    core = root_b[..., None] * (basis_b.mT @ basis_a) * root_a[..., None, :] * update.scaling
+    u, s, vh = svd(core)
+    kept = s[..., None, :rank].sqrt()
+    left = basis_b @ (u[..., :rank] * kept * _inverse(root_b)[..., None])
+    right = (vh[..., :rank, :] * kept.mT * _inverse(root_a)[..., None, :]) @ basis_a.mT
+    small = Factors((right @ a).float(), (b @ left).float(), form=update.form)
+    return small, _share_lost(s, rank)
+
+
+def _truncate_dense(delta: Tensor, rank: int) -> tuple[Factors, float]:
+    exact = delta.double()
+    wide = exact.shape[-2] <= exact.shape[-1]
+    values, vectors = eigh(exact @ exact.mT if wide else exact.mT @ exact)
+    s, vectors = values.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
+    top = vectors[..., :rank]
+    root = s[..., None, :rank].sqrt()
+    projected = top.mT @ exact if wide else exact @ top  # = s * the other side's singular vectors
+    scale = _inverse(root)
+    small = Factors(projected * scale.mT, top * root) if wide else Factors((top * root).mT, projected * scale)
+    return Factors(small.a.float().contiguous(), small.b.float().contiguous()), _share_lost(s, rank)
+
+
+def _whiten(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a Gram matrix, and the roots of its eigenvalues, 0 for what is rounding."""
+    values, vectors = eigh(gram)
+    noise = values.amax(-1, keepdim=True) * (torch.finfo(gram.dtype).eps * gram.shape[-1])
+    return vectors, values.where(values > noise, 0.0).sqrt()
+
+
+def _inverse(x: Tensor) -> Tensor:
+    return torch.where(x > 0, 1 / x, 0.0)
+
+
+def _share_lost(s: Tensor, rank: int) -> float:
     total = float(s.square().sum())
-    lost = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
-    root = s[:rank].sqrt()
-    b, a = (q_b @ u[:, :rank]) * root, root[:, None] * (vh[:rank] @ q_a.T)
-    return Factors(a.float().contiguous(), b.float().contiguous()), lost
+    return math.sqrt(float(s[..., rank:].square().sum()) / total) if total else 0.0
 
 
 def inner(x: Factors, y: Factors) -> float:
@@ -120,5 +193,5 @@ def inner(x: Factors, y: Factors) -> float:
     >>> inner(f, f)
     2.0
     """
-    core_b, core_a = x.b.double().T @ y.b.double(), x.a.double() @ y.a.double().T
+    core_b, core_a = x.b.double().mT @ y.b.double(), x.a.double() @ y.a.double().mT
     return x.scaling * y.scaling * float((core_b * core_a).sum())

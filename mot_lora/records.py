@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
+from mot_lora.config import PerModule
+
 
 class Record(BaseModel):
     """The base of every record: frozen, strict about its keys."""
@@ -141,15 +143,53 @@ class FoldRecord(Record):
         )
 
 
+class SaveRecord(Record):
+    """What became of a merge as an adapter: its ranks, and the share |lost| / |D| that they cost, in all and by module.
+
+    `method` is None for one adapter alone; `rank` is the largest of `ranks`.
+    """
+
+    method: str | None
+    rank: int
+    ranks: dict[str, int]
+    lost: float
+    modules: dict[str, float]
+
+
+class VerifiedTensor(Record):
+    """One written tensor against W_0 + D: |D|, <change, D> / |D|^2, and its largest error in units of rounding.
+
+    A unit is half a step of the tensor's format at that entry, what rounding once can cost; `survived` is None for an
+    update of 0.
+    """
+
+    update_norm: float
+    survived: float | None
+    error: float
+
+
+class VerifyRecord(Record):
+    """What reading a folded checkpoint back found: every updated tensor, and how many others are the base's own."""
+
+    tensors: dict[str, VerifiedTensor]
+    untouched: int
+
+    @property
+    def error(self) -> float:
+        """The largest error of all tensors, in units of rounding."""
+        return max((t.error for t in self.tensors.values()), default=0.0)
+
+
 class RoundRecord(Record):
     """One finished round: whose adapters were merged, how, what the fold kept, and how the student then did."""
 
     round: int
     teachers: tuple[str, ...]
     method: str
-    weights: tuple[float, ...]
-    density: float | None = None
-    scale: float = 1.0
+    weights: tuple[PerModule, ...]
+    density: PerModule | None = None
+    scale: PerModule = 1.0
+    space: str | None = None
     seed: int
     fold: FoldRecord
     layers: dict[str, FoldRecord]

@@ -27,7 +27,7 @@ from mot_lora.data import Example, Question, encode_all, hold_out, load_tokenize
 from mot_lora.errors import UserError
 from mot_lora.ledger import read_ledger, read_run
 from mot_lora.merge import seed_for
-from mot_lora.merged import Merged, merge_adapters
+from mot_lora.merged import Merged, combine
 from mot_lora.progress import Progress, silent
 from mot_lora.records import (
     Answer,
@@ -153,7 +153,8 @@ class Loop:
         folders = [self.rundir.branch(number, name) for name in names]
         adapters = [load_adapter(f, name, self.model.device) for f, name in zip(folders, names, strict=True)]
         m = self.config.merge
-        merged = merge_adapters(adapters, m.method, m.weights, m.density, m.scale, seed_for(self.config.seed, number))
+        seed = seed_for(self.config.seed, number)
+        merged = combine(adapters, m.method, m.weights, m.density, m.scale, seed, m.space)
         start = time.monotonic()
         tallies = self.fold(number, merged)
         seconds = time.monotonic() - start
@@ -169,6 +170,7 @@ class Loop:
             weights=merged.weights,
             density=m.density,
             scale=m.scale,
+            space=m.space,
             seed=merged.seed,
             fold=FoldRecord.of(add_tallies(tallies.values())),
             layers={layer: FoldRecord.of(add_tallies(rows)) for layer, rows in layers.items()},

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mot_lora.adapters import CONFIG_FILE, REFUSED, WEIGHTS_FILE, adapter_from_peft, load_adapter, save_adapter
 from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Factors
-from mot_lora.merged import merge_adapters
+from mot_lora.merged import combine as merge_adapters
 
 MakeAdapter = Callable[..., Path]
 
@@ -68,7 +68,7 @@ def logits_with(base: Path, deltas: Mapping[str, Tensor]) -> Tensor:
 
 
 def dense(adapter: Adapter) -> dict[str, Tensor]:
-    return {m: f.scaling * (f.b.double() @ f.a.double()) for m, f in adapter.factors.items()}
+    return {m: f.scaling * (f.b.double() @ f.a.double()) for m, f in adapter.updates.items()}
 
 
 def share_lost(full: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> float:
@@ -89,17 +89,17 @@ def test_updates_are_those_of_peft(student: Path, make_adapter: MakeAdapter, kin
     layers = {n: x for n, x in live.get_base_model().named_modules() if isinstance(x, LoraLayer)}
     assert adapter.name == "one"
     assert adapter.base == str(student)
-    assert adapter.factors.keys() == layers.keys()
+    assert adapter.updates.keys() == layers.keys()
     for module, layer in layers.items():
         expected = layer.get_delta_weight("default")
         assert expected.abs().max() > 1e-5
-        torch.testing.assert_close(adapter.factors[module].delta(), expected, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(adapter.updates[module].delta(), expected, rtol=1e-5, atol=1e-9)
     copy = adapter_from_peft(live)
-    assert copy.factors.keys() == adapter.factors.keys()
-    for module, f in copy.factors.items():
-        assert torch.equal(f.a, adapter.factors[module].a)
-        assert torch.equal(f.b, adapter.factors[module].b)
-        assert f.scaling == pytest.approx(adapter.factors[module].scaling)
+    assert copy.updates.keys() == adapter.updates.keys()
+    for module, f in copy.updates.items():
+        assert torch.equal(f.a, adapter.updates[module].a)
+        assert torch.equal(f.b, adapter.updates[module].b)
+        assert f.scaling == pytest.approx(adapter.updates[module].scaling)
 
 
 def test_a_name_can_be_given(qwen3: Path, make_adapter: MakeAdapter) -> None:
@@ -115,7 +115,7 @@ def test_a_copy_of_a_live_adapter_does_not_follow_its_training(qwen3: Path, make
             if "lora_" in name:
                 parameter.zero_()
     assert all(torch.equal(d, before[m]) for m, d in dense(copy).items())
-    assert all(not f.a.requires_grad for f in copy.factors.values())
+    assert all(not f.a.requires_grad for f in copy.updates.values())
 
 
 def test_one_of_several_live_adapters(qwen3: Path, make_adapter: MakeAdapter) -> None:
@@ -164,14 +164,14 @@ def test_a_linear_merge_is_saved_exactly(student: Path, unlike: list[Adapter], t
     assert save_adapter(merged, tmp_path / "merged") == 0
     live = load_peft(student, tmp_path / "merged")
     expected = {
-        m: 1.5 * sum(w * dense(a)[m] for w, a in zip((2, 1, 3), unlike, strict=True) if m in a.factors) / 6
+        m: 1.5 * sum(w * dense(a)[m] for w, a in zip((2, 1, 3), unlike, strict=True) if m in a.updates) / 6
         for m in unlike[0].factors
     }
     torch.testing.assert_close(
         logits(live), logits_with(student, {m: d.float() for m, d in expected.items()}), rtol=1e-4, atol=1e-4
     )
     saved = load_adapter(tmp_path / "merged")
-    assert {f.rank for f in saved.factors.values()} == {3, 7, 8, 9}
+    assert {f.rank for f in saved.updates.values()} == {3, 7, 8, 9}
     assert share_lost(expected, dense(saved)) < 1e-6
 
 
@@ -181,7 +181,7 @@ def test_a_smaller_rank_tells_what_it_lost(student: Path, unlike: list[Adapter],
     lost = save_adapter(merged, tmp_path / "small", rank=rank)
     saved = load_adapter(tmp_path / "small")
     full = {m: merged.delta(m, torch.float64) for m in merged.shapes}
-    assert max(f.rank for f in saved.factors.values()) == min(rank, 9)
+    assert max(f.rank for f in saved.updates.values()) == min(rank, 9)
     assert lost == pytest.approx(share_lost(full, dense(saved)), abs=1e-6)
     assert (lost > 1e-4) == (rank < 9)
     best = {m: (torch.linalg.svdvals(d)[rank:] ** 2).sum() for m, d in full.items()}
@@ -196,7 +196,7 @@ def test_a_sparse_merge_is_saved_at_a_rank(student: Path, unlike: list[Adapter],
     lost = save_adapter(merged, tmp_path / "sparse", rank=8)
     saved = load_adapter(tmp_path / "sparse")
     full = {m: d.double() for m, d in merged}
-    assert {f.rank for f in saved.factors.values()} == {8}
+    assert {f.rank for f in saved.updates.values()} == {8}
     assert lost == pytest.approx(share_lost(full, dense(saved)), abs=1e-6)
     assert 0.05 < lost < 1
     best = sum(float((torch.linalg.svdvals(d)[8:] ** 2).sum()) for d in full.values())
@@ -240,7 +240,7 @@ def test_ranks_of_modules_with_like_names_stay_apart(tmp_path: Path) -> None:
     }
     save_adapter(Adapter("a", factors), tmp_path / "a")
     again = load_adapter(tmp_path / "a")
-    assert {n: f.rank for n, f in again.factors.items()} == {n: i + 1 for i, n in enumerate(names)}
+    assert {n: f.rank for n, f in again.updates.items()} == {n: i + 1 for i, n in enumerate(names)}
     assert share_lost(dense(Adapter("a", factors)), dense(again)) < 1e-7
 
 
@@ -320,7 +320,7 @@ def test_each_refused_setting_is_named(folder: Path, key: str) -> None:
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
 def test_starts_that_leave_the_base_alone_are_fine(folder: Path, init: bool | str) -> None:
     change_config(folder, init_lora_weights=init)
-    assert load_adapter(folder).factors.keys() == small_adapter().factors.keys()
+    assert load_adapter(folder).updates.keys() == small_adapter().updates.keys()
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga", "PiSSA"])

@@ -35,7 +35,7 @@ def random_matrices(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense(adapter: Adapter, module: str) -> Tensor:
-    f = adapter.factors.get(module)
+    f = adapter.updates.get(module)
     return torch.zeros(OUT, WIDTH, dtype=torch.float64) if f is None else f.scaling * (f.b.double() @ f.a.double())
 
 
@@ -79,9 +79,9 @@ def test_a_missing_module_conflicts_with_nothing() -> None:
 
 def test_equal_and_opposite_branches() -> None:
     a = random_adapter("a", 1)
-    minus = Adapter("minus", {m: Factors(f.a, f.b, -f.scaling) for m, f in a.factors.items()})
+    minus = Adapter("minus", {m: Factors(f.a, f.b, -f.scaling) for m, f in a.updates.items()})
     matrices = random_matrices(0)
-    same = tally([a, Adapter("twin", a.factors)], "m", *matrices)
+    same = tally([a, Adapter("twin", a.updates)], "m", *matrices)
     assert same.sign_conflict == 0
     assert same.cosine[0][1] == pytest.approx(1)
     opposite = tally([a, minus], "m", *matrices)

@@ -244,7 +244,7 @@ def test_an_older_rounds_modules_stay_when_a_later_round_skips_them(qwen3: Path)
     checkpoint, model = peft_student(qwen3, "none")
     everything, second = small_update(qwen3, 0.1, 0), small_update(qwen3, 0.1, 1)
     only = "model.layers.1.mlp.up_proj"
-    one = merge_adapters([Adapter("one", {only: second.adapters[0].factors[only]})])
+    one = merge_adapters([Adapter("one", {only: second.adapters[0].updates[only]})])
     for f in fold(model, checkpoint, [everything, one]):
         want = f.base + everything.delta(f.module) + (one.delta(f.module) if f.module == only else 0)
         torch.testing.assert_close(read_weight(linear_layers(model)[f.module]), want)

@@ -29,7 +29,8 @@ from mot_lora.merge import (
     trim,
     weighted_mean,
 )
-from mot_lora.merged import Merged, merge_adapters
+from mot_lora.merged import Merged
+from mot_lora.merged import combine as merge_adapters
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32)
@@ -280,7 +281,7 @@ def test_the_mean_of_dare_merges_is_the_linear_merge() -> None:
     merges = [
         merge_adapters(adapters, "dare_linear", (1, 2, 3), density, seed=s).delta("m").double() for s in range(draws)
     ]
-    parts = torch.stack([dense(a.factors["m"]) * w / 6 for a, w in zip(adapters, (1, 2, 3), strict=True)])
+    parts = torch.stack([dense(a.updates["m"]) * w / 6 for a, w in zip(adapters, (1, 2, 3), strict=True)])
     error = (parts.square().sum(0) * (1 - density) / (density * draws)).sqrt()
     z = (torch.stack(merges).mean(0) - exact) / error
     assert float(z.abs().max()) < 4.5
@@ -330,7 +331,7 @@ def test_dare_with_a_generator_each_does_not_depend_on_order(method: str) -> Non
 def test_one_adapter_comes_back(seed: int, method: str, weight: float) -> None:
     (adapter,) = random_adapters(1, seed=seed)
     merged = merge_adapters([adapter], method, [weight], None if method == "linear" else 1.0)
-    for module, factors in adapter.factors.items():
+    for module, factors in adapter.updates.items():
         torch.testing.assert_close(merged.delta(module).double(), dense(factors), rtol=1e-5, atol=1e-5)
 
 
@@ -391,7 +392,7 @@ def test_other_factors_of_the_same_update_merge_alike(seed: int, method: str, or
         components = [i for i in order if i < f.rank]
         return Factors(sign * f.a[components], sign * f.b[:, components], f.scaling)
 
-    others = [Adapter(a.name, {m: rewritten(f) for m, f in a.factors.items()}) for a in adapters]
+    others = [Adapter(a.name, {m: rewritten(f) for m, f in a.updates.items()}) for a in adapters]
     density = None if method == "linear" else 0.6
     merged = dict(merge_adapters(adapters, method, density=density))
     for module, delta in merge_adapters(others, method, density=density):
@@ -405,11 +406,11 @@ def test_factors_of_a_linear_merge_are_its_delta(seed: int, n: int) -> None:
     weights = [1.0 + i for i in range(n)]
     merged = merge_adapters(adapters, weights=weights, scale=0.7)
     expected = 0.7 * sum(
-        (w * dense(a.factors["m"]) for a, w in zip(adapters, weights, strict=True)),
+        (w * dense(a.updates["m"]) for a, w in zip(adapters, weights, strict=True)),
         torch.zeros(5, 7, dtype=torch.float64),
     )
     expected /= sum(weights)
-    assert merged.factors("m").rank == sum(a.factors["m"].rank for a in adapters)
+    assert merged.factors("m").rank == sum(a.updates["m"].rank for a in adapters)
     torch.testing.assert_close(dense(merged.factors("m")), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merged.delta("m", torch.float64), expected, rtol=1e-6, atol=1e-6)
 
@@ -419,11 +420,11 @@ def test_factors_of_a_linear_merge_are_its_delta(seed: int, n: int) -> None:
 
 def test_a_module_that_an_adapter_lacks_is_an_update_of_nothing() -> None:
     a = random_adapters(1, modules=("m", "n"))[0]
-    b = Adapter("other", random_adapters(1, seed=5, modules=("n",))[0].factors)
+    b = Adapter("other", random_adapters(1, seed=5, modules=("n",))[0].updates)
     merged = merge_adapters([a, b], weights=(1, 3))
     assert list(dict(merged)) == ["m", "n"]
-    torch.testing.assert_close(merged.delta("m").double(), dense(a.factors["m"]) / 4, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(dense(merged.factors("m")), dense(a.factors["m"]) / 4, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged.delta("m").double(), dense(a.updates["m"]) / 4, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dense(merged.factors("m")), dense(a.updates["m"]) / 4, rtol=1e-5, atol=1e-6)
 
 
 def test_dare_draws_apart_for_each_seed_adapter_and_module() -> None:
@@ -465,7 +466,7 @@ def test_a_users_own_function_is_a_method() -> None:
 
     adapters = random_adapters(2)
     merged = merge_adapters(adapters, largest, (2, 1), density=0.25, scale=4.0)
-    expected = torch.maximum(*(dense(a.factors["n"]) for a in adapters))
+    expected = torch.maximum(*(dense(a.updates["n"]) for a in adapters))
     torch.testing.assert_close(dict(merged)["n"].double(), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="largest") as e:
         merged.factors("n")
@@ -477,7 +478,7 @@ def test_a_users_own_function_needs_no_density() -> None:
         return scale * sum(w * d for w, d in zip(weights, deltas, strict=True))
 
     adapters = random_adapters(2)
-    expected = dense(adapters[0].factors["m"]) + dense(adapters[1].factors["m"])
+    expected = dense(adapters[0].updates["m"]) + dense(adapters[1].updates["m"])
     torch.testing.assert_close(merge_adapters(adapters, total).delta("m").double(), expected, rtol=1e-5, atol=1e-5)
 
 

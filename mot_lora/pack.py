@@ -1,0 +1,171 @@
+"""Updates in PEFT's own form: an adapter's config and tensors, and the folder that holds them."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mot_lora.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from mot_lora.errors import UserError
+from mot_lora.lowrank import Adapter, Dense, Factors, Origin, inner, truncate
+from mot_lora.merged import Merged, method_name
+from mot_lora.progress import Progress, silent
+from mot_lora.records import SaveRecord
+from mot_lora.tensorfile import write_tensors
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What PEFT would have saved: its config, its tensors in fp32, and what was lost on the way."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    record: SaveRecord
+
+
+def save_adapter(
+    adapter: Adapter | Merged, path: str | Path, rank: int | None = None, progress: Progress = silent
+) -> SaveRecord:
+    """Write a folder that PEFT loads, and return what `rank` cost: the share |lost| / |D|, in all and by module.
+
+    Without a rank the copy is exact (in fp32): factors as they are, or concatenated for a linear merge. With one, each
+    module gets its best copy of that rank. The scaling is folded into B, so r = alpha in the written config. A folder
+    that is there already is replaced, file by file.
+
+    Errors: UserError for a merge that is not low-rank (TIES, DARE, ...) without a rank, and a path that cannot be
+    written.
+
+    >>> save_adapter(merge_adapters(["a", "b"]), "merged", rank=16).lost  # doctest: +SKIP
+    0.031
+    """
+    packed = pack(adapter, rank, progress)
+    path = Path(path)
+    entries = {name: (t.dtype, t.shape) for name, t in packed.tensors.items()}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, write in (
+            (WEIGHTS_FILE, lambda to: write_tensors(to, entries, packed.tensors.items())),
+            (CONFIG_FILE, lambda to: to.write_text(json.dumps(packed.config, indent=2) + "\n", encoding="utf-8")),
+        ):
+            partial = path / f".{name}.partial"
+            try:
+                write(partial)
+                partial.replace(path / name)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from e
+    return packed.record
+
+
+def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress = silent) -> Packed:
+    """An adapter or a merge as PEFT holds it. Arguments and errors as in `save_adapter`."""
+    modules = list(adapter.shapes if isinstance(adapter, Merged) else adapter.updates)
+    forms = {m: adapter.forms[m] if isinstance(adapter, Merged) else adapter.updates[m].form for m in modules}
+    tensors: dict[str, Tensor] = {}
+    lost: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    ranks: dict[str, int] = {}
+    saved: list[str] = []
+    for done, module in enumerate(modules, 1):
+        update = _update(adapter, module)
+        if forms[module] in ("whole", "bias"):  # exact whatever the rank
+            delta = update.delta()
+            norms[module], lost[module] = _square(delta), 0.0
+            if forms[module] == "bias":
+                tensors[f"{PREFIX}{module.removesuffix('.bias')}.lora_B.bias"] = delta
+            else:
+                origin = _origin(adapter, module)
+                tensors[PREFIX + origin.name] = origin.read(torch.float32) + delta
+                saved.append(origin.name.rpartition(".")[0])
+        else:
+            exact, lost[module], norms[module] = _low_rank(adapter, module, update, rank)
+            ranks[module] = exact.rank
+            bare = [m for m in modules if forms[m] == "parameter" and m.rpartition(".")[0] == module.rpartition(".")[0]]
+            tensors |= _lora_tensors(module, forms[module], exact, bare)
+        progress("pack", done, len(modules))
+    if any(form == "bias" for form in forms.values()):  # PEFT has a bias on all of them or on none
+        for module in [m for m in ranks if forms[m] == "linear"]:
+            size = tensors[f"{PREFIX}{module}.lora_B.weight"].shape[0]
+            tensors.setdefault(f"{PREFIX}{module}.lora_B.bias", torch.zeros(size))
+    of = {form: [m for m in modules if forms[m] == form] for form in set(forms.values())}
+    top = max(ranks.values(), default=1)
+    other = {rf"^{re.escape(m)}": r for m, r in ranks.items() if r != top}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.adapters[0].base if isinstance(adapter, Merged) else adapter.base,
+        "r": top,
+        "lora_alpha": top,
+        "rank_pattern": other,
+        "alpha_pattern": dict(other),
+        "target_modules": sorted([*of.get("linear", ()), *of.get("embedding", ())]),
+        "target_parameters": of.get("parameter"),
+        "modules_to_save": sorted(set(saved)) or None,
+        "lora_bias": "bias" in of,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    total = math.fsum(norms.values())
+    share = math.sqrt(math.fsum(lost[m] ** 2 * norms[m] for m in modules) / total) if total else 0.0
+    method = method_name(adapter.method) if isinstance(adapter, Merged) else None
+    return Packed(config, tensors, SaveRecord(method=method, rank=top, ranks=ranks, lost=share, modules=lost))
+
+
+def _update(adapter: Adapter | Merged, module: str) -> Factors | Dense:
+    if isinstance(adapter, Adapter):
+        return adapter.updates[module]
+    try:
+        return adapter.factors(module)
+    except UserError:
+        return Dense(adapter.shapes[module], lambda dtype: adapter.delta(module, dtype), adapter.forms[module])
+
+
+def _low_rank(
+    adapter: Adapter | Merged, module: str, update: Factors | Dense, rank: int | None
+) -> tuple[Factors, float, float]:
+    """The update as factors, the share that was lost, and its |D|^2."""
+    if isinstance(update, Factors):
+        norm_sq = inner(update, update)
+        if rank is None or rank >= update.rank:
+            return update, 0.0, norm_sq
+        return *truncate(update, rank), norm_sq
+    if rank is None:
+        what = method_name(adapter.method) if isinstance(adapter, Merged) else "DoRA"
+        ranks = [p.rank for p in adapter.parts(module) if isinstance(p, Factors)] if isinstance(adapter, Merged) else []
+        hint = f", e.g. {sum(ranks)}, theirs together" if ranks else ""
+        raise UserError(f"a {what} merge of {module} is not low-rank: fold it, or give a rank{hint}")
+    delta = update.delta()
+    return *truncate(delta, rank), _square(delta)
+
+
+def _square(delta: Tensor) -> float:
+    return float(delta.square().sum(dtype=torch.float64))
+
+
+def _origin(adapter: Adapter | Merged, module: str) -> Origin:
+    parts = adapter.parts(module) if isinstance(adapter, Merged) else [adapter.updates[module]]
+    return next(p.origin for p in parts if isinstance(p, Dense) and p.origin)
+
+
+def _lora_tensors(module: str, form: str, f: Factors, bare: Sequence[str]) -> dict[str, Tensor]:
+    """The factors in PEFT's names. `bare`: the LoRAs of bare parameters of the same owner, innermost first."""
+    a, b = f.a.float().cpu(), (f.b.float() * f.scaling).cpu()
+    if form == "embedding":
+        return {
+            f"{PREFIX}{module}.lora_embedding_A": b.T.contiguous(),
+            f"{PREFIX}{module}.lora_embedding_B": a.T.contiguous(),
+        }
+    key = module
+    if form == "parameter":
+        key = module.rpartition(".")[0] + ".base_layer" * (len(bare) - 1 - bare.index(module))
+    if a.ndim == 3:
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    return {f"{PREFIX}{key}.lora_A.weight": a.contiguous(), f"{PREFIX}{key}.lora_B.weight": b.contiguous()}

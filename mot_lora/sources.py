@@ -1,0 +1,96 @@
+"""Adapters wherever they are: folders, Hub names, live models; read, and merged."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mot_lora.adapters import load_adapter
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.config import PerModule
+from mot_lora.errors import UserError
+from mot_lora.lowrank import Adapter
+from mot_lora.merge import Method
+from mot_lora.merged import Merged, combine
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    Source = Adapter | str | Path | PeftModel | tuple[PeftModel, str]
+
+
+def merge_adapters(
+    adapters: "Sequence[Source]",
+    method: str | Method = "linear",
+    weights: Sequence[PerModule] | None = None,
+    density: PerModule | None = None,
+    scale: PerModule = 1.0,
+    seed: int = 0,
+    space: str | None = None,
+    base: str | Path | Checkpoint | None = None,
+) -> Merged:
+    """Merge adapters by their true deltas, lazily: nothing is computed before a module is asked for.
+
+    `adapters` are folders, Hub names, Adapters, live PEFT models (their active adapter) or pairs of a model and an
+    adapter's name. D_module = method(scaling_i * B_i @ A_i); all else as in `merged.combine`. `base` is the model that
+    they are all for: it is needed by DoRA and the like, and vouches for adapters that name different bases.
+
+    Errors: UserError for what an adapter or the merge cannot do, and for adapters that name different bases.
+
+    >>> merge_adapters(["adapters/a", "adapters/b"], "ties", density=0.5)  # doctest: +SKIP
+    """
+    read = read_adapters(adapters, base)
+    if base is None:
+        check_bases(read)
+    return combine(read, method, weights, density, scale, seed, space)
+
+
+def read_adapters(adapters: "Sequence[Source]", base: str | Path | Checkpoint | None = None) -> list[Adapter]:
+    """Adapters from wherever they are. Folders of one name get as much of their path as tells them apart."""
+    folders = [Path(a) for a in adapters if isinstance(a, str | Path)]
+    if twice := next((f for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1), None):
+        raise UserError(f"{twice}: listed twice; to count it more, give it a weight")
+    names = iter(short_names(folders))
+    return [load_adapter(a, next(names), base=base) if isinstance(a, str | Path) else _read(a) for a in adapters]
+
+
+def _read(source: Any) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    from mot_lora.live import adapter_from_peft  # peft takes seconds to load
+
+    model, name = source if isinstance(source, tuple) else (source, None)
+    if not hasattr(model, "peft_config"):
+        raise UserError(f"{type(model).__name__} is no adapter: give a folder, a Hub name, an Adapter or a PeftModel")
+    return adapter_from_peft(model, name)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as tell them all apart.
+
+    >>> short_names([Path("a/checkpoint-9"), Path("b/checkpoint-9")])
+    ['a/checkpoint-9', 'b/checkpoint-9']
+    """
+    parts = [f.resolve().parts if f.is_dir() else f.parts for f in folders]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(f) for f in folders]
+
+
+def check_bases(adapters: Sequence[Adapter]) -> None:
+    """UserError for adapters that say they are of different bases; a 4-bit copy of a model is the model."""
+    said = {_base_name(a.base): a for a in adapters if a.base}
+    if len(said) > 1:
+        one, other, *_ = said.values()
+        raise UserError(
+            f"adapter `{one.name}` is of {one.base}, `{other.name}` of {other.base}; if these are the same weights, "
+            "say so with base= or --base"
+        )
+
+
+def _base_name(base: str) -> str:
+    name = Path(base).name.lower()
+    for suffix in ("-bnb-4bit", "-unsloth", "-4bit"):
+        name = name.removesuffix(suffix)
+    return name
