@@ -270,7 +270,9 @@ class Source:
         return {name: make("embedding"), **{head: make("linear") for head in heads}}
 
     def _is_whole(self, name: str) -> bool:
-        return any(_ends(name, m) or f".{m}." in f".{name}." for m in self.config.get("modules_to_save") or ())
+        if any(_is_within(name, m) for m in self.config.get("modules_to_save") or ()):
+            return True
+        return bool(self.config.get("ensure_weight_tying")) and f"{name}.weight" in self.base.tied
 
     def _whole(self, key: str, stored: str) -> Callable[[], Dense]:
         """A trained copy of a parameter: D = copy - W."""
@@ -300,7 +302,7 @@ class Source:
         """Each module that the config lists must be there; a name that the model never had cannot be told from it."""
         listed = self.config.get("modules_to_save") or ()
         for target in listed:
-            if not any(_ends(g.replace(".base_layer", ""), target) or f".{target}." in f".{g}." for g in groups):
+            if not any(_is_within(g, target) for g in groups):
                 raise UserError(f"{self.label}: holds nothing of `{target}`, which modules_to_save lists")
 
 
@@ -365,6 +367,12 @@ def _classify(key: str, label: str) -> tuple[str, str]:
 def _in_order(groups: Mapping[str, Any]) -> list[str]:
     """Modules by name, the LoRAs of one module's bare parameters from the innermost, as PEFT wraps them."""
     return sorted(groups, key=lambda g: (g.replace(".base_layer", ""), -len(g)))
+
+
+def _is_within(module: str, target: str) -> bool:
+    """Whether a module, or one that it is inside of, has a name that ends like this: PEFT's rule for modules_to_save."""
+    parts = module.split(".")
+    return any(".".join(parts[: i + 1]).endswith(target) for i in range(len(parts)))
 
 
 def _ends(module: str, target: str) -> bool:

@@ -129,6 +129,8 @@ class Fold:
                 raise UserError(f"{e} (adapter {self._whose(module)})") from e
             for name, piece in pieces.items():
                 stored = self.layout.stored_shape(self.untied.get(name, name))
+                if stored is None and name in self.layout.tied:
+                    continue  # stays tied: what it shares gets the same update
                 if stored is None:
                     raise UserError(f"{self.checkpoint.name}: has no {name}, which {self._whose(module)} updates")
                 if stored != tuple(piece.shape):
@@ -136,7 +138,7 @@ class Fold:
                         f"{self.checkpoint.name}: {name} is {list(stored)}, the update of {module} by adapter "
                         f"{self._whose(module)} {list(shape)}; is it their base?"
                     )
-            places[module] = list(pieces)
+            places[module] = [name for name in pieces if self.layout.stored_shape(self.untied.get(name, name))]
         return places
 
     @cached_property
@@ -243,9 +245,12 @@ class Fold:
             raise UserError(f"{out}: {min(wrong)} is missing, or should not be there; fold again")
         found: dict[str, VerifiedTensor] = {}
         for module, places in self.places.items():
+            if not places:
+                continue
             exact = torch.float64 if all(m.method == "linear" for m in self.ledger) else self.dtype_of(places[0])[1]
-            for name, delta in self.pieces(module, exact).items():
-                found[name] = _compare(written.tensor(name), self._read(name), delta)
+            pieces = self.pieces(module, exact)
+            for name in places:
+                found[name] = _compare(written.tensor(name), self._read(name), pieces[name])
                 progress("verify", len(found), len(names))
                 if not found[name].error <= 1 + SLACK:
                     raise UserError(

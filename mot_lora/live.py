@@ -78,6 +78,13 @@ def add_merged_adapter(
     if new_name in model.peft_config:
         raise UserError(f"the model has an adapter `{new_name}` already; choose another name, or delete it first")
     adapters = [adapter_from_peft(model, name) for name in names]
+    base = LiveBase(model)
+    for module in {m for a in adapters for m, u in a.updates.items() if u.form != "whole"}:
+        if isinstance(base.modules.get(module), AuxiliaryTrainingWrapper):
+            raise UserError(
+                f"{module}: PEFT cannot hold a LoRA beside trained tokens or a trained copy in one model; "
+                "save_adapter the merge and load it into the plain base"
+            )
     packed = pack(combine(adapters, method, weights, density, scale, seed, space), rank)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():

@@ -106,7 +106,7 @@ def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress 
         "rank_pattern": other,
         "alpha_pattern": dict(other),
         "target_modules": sorted([*of.get("linear", ()), *of.get("embedding", ())]),
-        "target_parameters": of.get("parameter"),
+        "target_parameters": _target_parameters(adapter) if "parameter" in of else None,
         "modules_to_save": sorted(set(saved)) or None,
         "lora_bias": "bias" in of,
         "lora_dropout": 0.0,
@@ -153,6 +153,16 @@ def _square(delta: Tensor) -> float:
 def _origin(adapter: Adapter | Merged, module: str) -> Origin:
     parts = adapter.parts(module) if isinstance(adapter, Merged) else [adapter.updates[module]]
     return next(p.origin for p in parts if isinstance(p, Dense) and p.origin)
+
+
+def _target_parameters(adapter: Adapter | Merged) -> list[str]:
+    """As the adapters themselves have it: PEFT wants one list of all adapters of a model."""
+    adapters = adapter.adapters if isinstance(adapter, Merged) else [adapter]
+    said = {tuple(sorted(a.targets.get("target_parameters") or ())) for a in adapters}
+    if len(said) == 1 and (one := said.pop()):
+        return list(one)
+    forms = adapter.forms if isinstance(adapter, Merged) else {m: u.form for m, u in adapter.updates.items()}
+    return [m for m, form in forms.items() if form == "parameter"]
 
 
 def _lora_tensors(module: str, form: str, f: Factors, bare: Sequence[str]) -> dict[str, Tensor]:
