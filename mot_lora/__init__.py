@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from mot_lora.errors import UserError
     from mot_lora.export import export
     from mot_lora.fold import fold_checkpoint, verify_checkpoint
+    from mot_lora.inspection import inspect_adapters
     from mot_lora.live import adapter_from_peft, add_merged_adapter
     from mot_lora.lowrank import Adapter, Dense, Factors
     from mot_lora.merge import METHODS, dare_linear, dare_ties, della, linear, sce, ties
     from mot_lora.merged import Merged
     from mot_lora.pack import save_adapter
-    from mot_lora.records import EvaluationRecord, RunRecord, SaveRecord, TrainRecord, VerifyRecord
+    from mot_lora.records import EvaluationRecord, InspectRecord, RunRecord, SaveRecord, TrainRecord, VerifyRecord
     from mot_lora.rounds import run
     from mot_lora.sources import merge_adapters
 
@@ -28,12 +29,13 @@ _ROOMS = {
     "errors": ("UserError",),
     "export": ("export",),
     "fold": ("fold_checkpoint", "verify_checkpoint"),
+    "inspection": ("inspect_adapters",),
     "live": ("adapter_from_peft", "add_merged_adapter"),
     "lowrank": ("Adapter", "Dense", "Factors"),
     "merge": ("METHODS", "dare_linear", "dare_ties", "della", "linear", "sce", "ties"),
     "merged": ("Merged",),
     "pack": ("save_adapter",),
-    "records": ("EvaluationRecord", "RunRecord", "SaveRecord", "TrainRecord", "VerifyRecord"),
+    "records": ("EvaluationRecord", "InspectRecord", "RunRecord", "SaveRecord", "TrainRecord", "VerifyRecord"),
     "rounds": ("run",),
     "sources": ("merge_adapters",),
 }
@@ -46,6 +48,7 @@ __all__ = [
     "Dense",
     "EvaluationRecord",
     "Factors",
+    "InspectRecord",
     "Merged",
     "RunRecord",
     "SaveRecord",
@@ -59,6 +62,7 @@ __all__ = [
     "della",
     "export",
     "fold_checkpoint",
+    "inspect_adapters",
     "linear",
     "load_adapter",
     "load_config",

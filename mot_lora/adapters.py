@@ -370,7 +370,7 @@ def _in_order(groups: Mapping[str, Any]) -> list[str]:
 
 
 def _is_within(module: str, target: str) -> bool:
-    """Whether a module, or one that it is inside of, has a name that ends like this: PEFT's rule for modules_to_save."""
+    """Whether the name of a module, or of one around it, ends like this: PEFT's rule for modules_to_save."""
     parts = module.split(".")
     return any(".".join(parts[: i + 1]).endswith(target) for i in range(len(parts)))
 
@@ -390,7 +390,8 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    return bool(check_target_module_exists(LoraConfig(**{k: config.get(k) for k in keys}), module))
+    asked: Any = LoraConfig(**cast("Any", {k: config.get(k) for k in keys}))
+    return bool(check_target_module_exists(asked, module))
 
 
 def _any_ends(module: str, targets: Any) -> bool:

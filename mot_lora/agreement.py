@@ -1,36 +1,66 @@
-"""How far the branches of a round agree, and how much of their merge the weights took up."""
+"""How far adapters agree, and how much of their merge the weights took up."""
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mot_lora.lowrank import Adapter, inner
+from mot_lora.lowrank import Adapter, Update, inner
 from mot_lora.records import Tally
 
 
-def tally(adapters: Sequence[Adapter], module: str, base: Tensor, update: Tensor, change: Tensor) -> Tally:
-    """The sums over one module's entries.
+def tally(
+    adapters: Sequence[Adapter],
+    module: str,
+    base: Tensor | None = None,
+    update: Tensor | None = None,
+    change: Tensor | None = None,
+) -> Tally:
+    """The sums over one module's entries; what is not given counts as 0.
 
-    base, update, change: [out, in], W_0, the merged D and what the fold did to the weights in use. A module that an
-    adapter does not have counts as an update of 0, which has no sign and conflicts with nothing.
+    base, update, change: of the module's shape, W_0, the merged D and what the fold did to the weights in use. A module
+    that an adapter does not have counts as an update of 0, which has no sign and conflicts with nothing.
 
     >>> from mot_lora.lowrank import Factors
     >>> one = Adapter("a", {"m": Factors(torch.ones(1, 2), torch.ones(2, 1))})
     >>> tally([one], "m", torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2)).survived
     1.0
     """
-    factors = [a.updates.get(module) for a in adapters]
-    gram = tuple(tuple(0.0 if x is None or y is None else inner(x, y) for y in factors) for x in factors)
-    signs = torch.stack([f.delta().sign() if f else torch.zeros_like(update) for f in factors])
+    parts = [a.updates.get(module) for a in adapters]
+    have = [p for p in parts if p is not None]
+    gram = [[0.0] * len(parts) for _ in parts]
+    for i, x in enumerate(parts):
+        for j, y in enumerate(parts[: i + 1]):
+            if x is not None and y is not None:
+                gram[i][j] = gram[j][i] = inner(x, y)
     return Tally(
-        entries=update.numel(),
-        base_sq=_dot(base, base),
-        update_sq=_dot(update, update),
-        kept=_dot(change, update),
-        conflicts=int((signs.amax(0) * signs.amin(0) < 0).sum()),
-        gram=gram,
+        entries=have[0].shape.numel(),
+        base_sq=0.0 if base is None else _dot(base, base),
+        update_sq=0.0 if update is None else _dot(update, update),
+        kept=0.0 if update is None or change is None else _dot(change, update),
+        conflicts=_conflicts(have),
+        gram=tuple(map(tuple, gram)),
     )
+
+
+def layer_of(module: str) -> str:
+    """The transformer layer that a module belongs to, or the module itself outside of them.
+
+    >>> layer_of("model.layers.3.mlp.up_proj")
+    'model.layers.3'
+    """
+    found = re.match(r".*?\.\d+(?=\.)", module)
+    return found[0] if found else module
+
+
+def _conflicts(updates: Sequence[Update]) -> int:
+    """Entries on which the signs of two updates differ; one update in memory at a time."""
+    plus = minus = torch.zeros(())
+    for update in updates:
+        delta = update.delta()
+        plus, minus = (delta > 0).logical_or_(plus), (delta < 0).logical_or_(minus)
+    return int(torch.count_nonzero(plus & minus))
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

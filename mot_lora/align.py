@@ -61,7 +61,7 @@ def knots(parts: Sequence[Factors]) -> Aligned:
     s = s.where(s > 1e-6 * s.amax(-1, keepdim=True), 0.0)
     left = (q @ u) * s[..., None, :]
     vh = vh * (s > 0)[..., None]
-    return Aligned(left.float(), [v.float() for v in vh.split(parts[0].shape[-1], dim=-1)])
+    return Aligned(left.float(), [v.float() for v in torch.split(vh, parts[0].shape[-1], dim=-1)])
 
 
 Space = Callable[[Sequence[Factors]], Aligned]

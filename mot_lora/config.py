@@ -2,19 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -55,6 +55,9 @@ def for_module(setting: PerModule, module: str, default: float = 1.0) -> float:
         return setting
     key = first_match(setting, module)
     return default if key is None else setting[key]
+
+
+S = TypeVar("S", bound=Settings)
 
 
 class TeacherConfig(Settings):
@@ -108,6 +111,21 @@ class LoraConfig(Settings):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
+def _check_numbers(setting: PerModule, holds: Callable[[float], bool], must: str) -> None:
+    for pattern, number in (setting if isinstance(setting, dict) else {".*": setting}).items():
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(f"`{pattern}` is not a pattern of module names ({e})") from e
+        if not holds(number):
+            raise ValueError(f"{must}, not {number}")
+
+
+def _place(method: Any) -> object:
+    """A function's place, so that a run's record of it can be read again."""
+    return f"{method.__module__}:{method.__qualname__}" if callable(method) else cast("object", method)
+
+
 def _known_method(method: str) -> str:
     if method not in MERGE_METHODS and not re.fullmatch(r"[\w.]+:[\w.]+", method):
         raise ValueError(f"unknown method `{method}`; use {', '.join(MERGE_METHODS)}, or module:function of your own")
@@ -117,33 +135,36 @@ def _known_method(method: str) -> str:
 class MergeConfig(Settings):
     """How several adapters become one update: the merge spec of a run, and of `mot-lora merge --spec`.
 
-    `method` is a name (linear, ties, dare_linear, dare_ties, della, sce) or the place of a function of your own, as
+    `method` is a name (linear, ties, dare_linear, dare_ties, della, sce), or a function of your own, from YAML as
     `module:function`. weights, density and scale may differ by module. `space` is where they meet: the weights' own
     unless given.
     """
 
-    method: Annotated[str, AfterValidator(_known_method)] = "linear"
+    method: Annotated[str, BeforeValidator(_place), AfterValidator(_known_method)] = "linear"
     weights: tuple[PerModule, ...] | None = None
     density: PerModule | None = None
     scale: PerModule = 1.0
     space: Literal["core", "knots"] | None = None
 
-    @field_validator("density", "scale", "weights")
+    @field_validator("weights")
     @classmethod
-    def _in_range(cls, value: Any, info: ValidationInfo) -> object:
-        for setting in value if isinstance(value, tuple) else (value,):
-            for pattern, number in setting.items() if isinstance(setting, dict) else ((".*", setting),):
-                try:
-                    re.compile(pattern)
-                except re.error as e:
-                    raise ValueError(f"`{pattern}` is not a pattern of module names ({e})") from e
-                if info.field_name == "density" and number is not None and not 0 < number <= 1:
-                    raise ValueError(f"density must be in (0, 1], not {number}")
-                if info.field_name == "scale" and number <= 0:
-                    raise ValueError(f"scale must be above 0, not {number}")
-                if info.field_name == "weights" and number < 0:
-                    raise ValueError(f"weights must not be negative, not {number}")
-        return value
+    def _weights_in_range(cls, weights: tuple[PerModule, ...] | None) -> tuple[PerModule, ...] | None:
+        for w in weights or ():
+            _check_numbers(w, lambda x: x >= 0, "weights must not be negative")
+        return weights
+
+    @field_validator("density")
+    @classmethod
+    def _density_in_range(cls, density: PerModule | None) -> PerModule | None:
+        if density is not None:
+            _check_numbers(density, lambda x: 0 < x <= 1, "density must be in (0, 1]")
+        return density
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_in_range(cls, scale: PerModule) -> PerModule:
+        _check_numbers(scale, lambda x: x > 0, "scale must be above 0")
+        return scale
 
     @model_validator(mode="after")
     def _density_fits(self) -> "MergeConfig":
@@ -244,15 +265,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     2
     """
     path = Path(path)
-    try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a config: it must hold `key: value` lines")
-    tree = _rebase(cast("dict[str, Any]", tree), path.parent, str(path))
+    tree = _rebase(_read_tree(path), path.parent, str(path))
     for override in overrides:
         key, eq, value = override.partition("=")
         if not eq or not key:
@@ -275,14 +288,45 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(tree: Any, source: str) -> Config:
     """Check a tree of settings; every error names `source` and the key, and the nearest right one."""
+    return _parse(Config, tree, source)
+
+
+def load_merge(path: str | Path | None = None, **settings: Any) -> MergeConfig:
+    """A merge spec from a YAML file, the `merge:` part of a config alone, and settings that replace the file's.
+
+    A setting of text is a number, or `PATTERN=NUMBER,PATTERN=NUMBER,...` by module. None is left out.
+
+    Errors: UserError, one line that names the file or the option.
+
+    >>> load_merge(method="ties", density="mlp.*=0.3,.*=0.5").density
+    {'mlp.*': 0.3, '.*': 0.5}
+    """
+    tree = {} if path is None else _read_tree(Path(path))
+    for key, value in settings.items():
+        if value is not None:
+            tree[key] = _per_module(key, value) if key in ("density", "scale") else value
+    return _parse(MergeConfig, tree, "merge" if path is None else str(path))
+
+
+def _per_module(key: str, text: Any) -> PerModule:
     try:
-        return Config.model_validate(tree)
+        if not isinstance(text, str) or "=" not in text:
+            return float(text)
+        pairs = [item.rpartition("=") for item in text.split(",")]
+        return {pattern: float(number) for pattern, _, number in pairs}
+    except ValueError as e:
+        raise UserError(f"{key} {text!r}: give a number, or PATTERN=NUMBER,PATTERN=NUMBER,...") from e
+
+
+def _parse(kind: type[S], tree: Any, source: str) -> S:
+    try:
+        return kind.model_validate(tree)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]")]  # the branches of a union
         loc = " ".join(".".join(map(str, keys)).split())  # one line, whatever the key
         if first["type"] == "extra_forbidden":
-            known = _keys_beside(first["loc"])
+            known = _keys_beside(kind, first["loc"])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known)}"
             raise UserError(f"{source}: `{loc}` is not a setting; {hint}") from e
@@ -290,12 +334,24 @@ def parse_config(tree: Any, source: str) -> Config:
         raise UserError(f"{source}: {f'`{loc}`: ' if loc else ''}{what[0].lower()}{what[1:]}") from e
 
 
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a config: it must hold `key: value` lines")
+    return cast("dict[str, Any]", tree)
+
+
 def demo_path(name: str = "") -> Path:
     """The path of a file that the package carries, e.g. demo_path("student")."""
     return Path(str(resources.files("mot_lora") / "demo" / name))
 
 
-def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
+def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
     groups: dict[str, type[Settings]] = {
         "teachers": TeacherConfig,
         "branch": BranchConfig,
@@ -304,7 +360,7 @@ def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
         "eval": EvalConfig,
         "stop": StopConfig,
     }
-    group = groups.get(str(loc[0]), Config) if len(loc) > 1 else Config
+    group = groups.get(str(loc[0]), kind) if len(loc) > 1 else kind
     return list(group.model_fields)
 
 

@@ -184,6 +184,10 @@ class Fold:
             delta += m.delta(module, dtype)
         return {f"{module}.weight": delta} if self.plain else self.layout.place(module, delta)
 
+    def base_square(self, module: str) -> float:
+        """|W|^2 of what one module is stored in."""
+        return sum(float(self._read(name).float().square().sum(dtype=torch.float64)) for name in self.places[module])
+
     def dtype_of(self, name: str) -> tuple[torch.dtype, torch.dtype]:
         """What a tensor is written in, and what it is computed in."""
         source = self.untied.get(name, name)
@@ -297,9 +301,7 @@ def _compare(written: Tensor, base: Tensor, delta: Tensor) -> VerifiedTensor:
         new, old, d = new.double(), old.double(), d.double()
         target = old + d
         _, exponent = torch.frexp(torch.maximum(target.abs(), new.abs()).clamp(min=info.tiny))
-        unit = torch.ldexp(
-            torch.tensor(info.eps / 4, dtype=torch.float64), exponent
-        )  # half a step; frexp is in [.5, 1)
+        unit = torch.exp2(exponent.double()) * (info.eps / 4)  # half a step; frexp's mantissa is in [0.5, 1)
         update_sq += float(d.square().sum())
         kept += float(((new - old) * d).sum())
         error = max(error, float(((new - target).abs() / unit).max()))

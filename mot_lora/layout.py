@@ -45,8 +45,8 @@ class Layout:
                 f"{self.checkpoint.name}: has no {name}, which an adapter updates; is it their base?"
             ) from e
 
-    @cached_property
-    def tied(self) -> dict[str, str]:
+    @property
+    def tied(self) -> Mapping[str, str]:
         """Parameters that share another's values: `lm_head.weight` -> `model.embed_tokens.weight`."""
         if not self.checkpoint.config.get("tie_word_embeddings", True):
             return {}

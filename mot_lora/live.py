@@ -30,7 +30,7 @@ def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
 
     >>> adapter_from_peft(peft_model, "default").updates.keys()  # doctest: +SKIP
     """
-    name = name or model.active_adapter
+    name = name or cast("str", model.active_adapter)
     if name not in model.peft_config:
         raise UserError(f"the model has no adapter `{name}`; it has {', '.join(model.peft_config)}")
     config = model.peft_config[name].to_dict()

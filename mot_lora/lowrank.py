@@ -125,6 +125,17 @@ def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     return Factors(torch.cat([p.a.float() for p in parts], dim=-2), torch.cat(b, dim=-1), form=parts[0].form)
 
 
+def spectrum(update: Factors | Tensor) -> Tensor:
+    """All singular values of an update, largest first, in fp64; right to 1e-8 of the largest (see `truncate`).
+
+    >>> spectrum(Factors(torch.eye(2), 3 * torch.eye(2)))
+    tensor([3., 3.], dtype=torch.float64)
+    """
+    if isinstance(update, Tensor):
+        return _dense_spectrum(update.double())[0]
+    return _core_svd(update)[1]
+
+
 def truncate(update: Factors | Tensor, rank: int) -> tuple[Factors, float]:
     """The best rank-`rank` copy of an update, and the share of its norm that was lost, |D - D_rank| / |D|.
 
@@ -143,29 +154,40 @@ def truncate(update: Factors | Tensor, rank: int) -> tuple[Factors, float]:
         raise UserError(f"rank must be at least 1, not {rank}")
     if isinstance(update, Tensor):
         return _truncate_dense(update, rank)
+    left, s, right = _core_svd(update)
+    root = s[..., None, :rank].sqrt()
+    b = update.b.double() @ (left[..., :rank] * root)
+    a = (right[..., :rank, :] * root.mT) @ update.a.double()
+    return Factors(a.float(), b.float(), form=update.form), _share_lost(s, rank)
+
+
+def _core_svd(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """L, s, R with orthonormal B @ L and R @ A, and D = (B @ L) s (R @ A)."""
     b, a = update.b.double(), update.a.double()
     basis_b, root_b = _whiten(b.mT @ b)
     basis_a, root_a = _whiten(a @ a.mT)
     core = root_b[..., None] * (basis_b.mT @ basis_a) * root_a[..., None, :] * update.scaling
     u, s, vh = svd(core)
-    kept = s[..., None, :rank].sqrt()
-    left = basis_b @ (u[..., :rank] * kept * _inverse(root_b)[..., None])
-    right = (vh[..., :rank, :] * kept.mT * _inverse(root_a)[..., None, :]) @ basis_a.mT
-    small = Factors((right @ a).float(), (b @ left).float(), form=update.form)
-    return small, _share_lost(s, rank)
+    return basis_b @ (u * _inverse(root_b)[..., None]), s, (vh * _inverse(root_a)[..., None, :]) @ basis_a.mT
 
 
 def _truncate_dense(delta: Tensor, rank: int) -> tuple[Factors, float]:
     exact = delta.double()
     wide = exact.shape[-2] <= exact.shape[-1]
-    values, vectors = eigh(exact @ exact.mT if wide else exact.mT @ exact)
-    s, vectors = values.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
+    s, vectors = _dense_spectrum(exact)
     top = vectors[..., :rank]
     root = s[..., None, :rank].sqrt()
     projected = top.mT @ exact if wide else exact @ top  # = s * the other side's singular vectors
     scale = _inverse(root)
     small = Factors(projected * scale.mT, top * root) if wide else Factors((top * root).mT, projected * scale)
     return Factors(small.a.float().contiguous(), small.b.float().contiguous()), _share_lost(s, rank)
+
+
+def _dense_spectrum(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, largest first, and the singular vectors of the shorter side."""
+    wide = exact.shape[-2] <= exact.shape[-1]
+    values, vectors = eigh(exact @ exact.mT if wide else exact.mT @ exact)
+    return values.clamp(min=0).sqrt().flip(-1), vectors.flip(-1)
 
 
 def _whiten(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,8 +206,8 @@ def _share_lost(s: Tensor, rank: int) -> float:
     return math.sqrt(float(s[..., rank:].square().sum()) / total) if total else 0.0
 
 
-def inner(x: Factors, y: Factors) -> float:
-    """The Frobenius inner product of two updates, without making either dense.
+def inner(x: Update, y: Update) -> float:
+    """The Frobenius inner product of two updates, without making low-rank ones dense.
 
     <D_x, D_y> = s_x s_y tr((B_x^T B_y)(A_y A_x^T)), in fp64.
 
@@ -193,5 +215,7 @@ def inner(x: Factors, y: Factors) -> float:
     >>> inner(f, f)
     2.0
     """
+    if isinstance(x, Dense) or isinstance(y, Dense):
+        return float((x.delta() * y.delta()).sum(dtype=torch.float64))
     core_b, core_a = x.b.double().mT @ y.b.double(), x.a.double() @ y.a.double().mT
     return x.scaling * y.scaling * float((core_b * core_a).sum())

@@ -155,7 +155,8 @@ def elected_mean(deltas: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     if not sums:
         raise UserError("nothing to merge: give at least one update")
     plus = elect_sign(sums)
-    total, vote = torch.where(plus, *sums), torch.where(plus, *votes).abs_()
+    total = torch.where(plus, sums[0], sums[1])
+    vote = torch.where(plus, votes[0], votes[1]).abs_()
     return total.div_(vote.masked_fill_(vote == 0, 1.0))
 
 

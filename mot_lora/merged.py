@@ -196,7 +196,8 @@ def combine(
                     f"adapter `{adapter.name}`, module {module}: shape {list(update.shape)}, "
                     f"but others have {list(shapes[module])}; they are not for one base"
                 )
-            forms[module] = max(forms.get(module, update.form), update.form, key=FORMS.index)
+            other = forms.get(module, update.form)
+            forms[module] = other if FORMS.index(other) > FORMS.index(update.form) else update.form
     for module in shapes:
         if f"{module}.weight" in shapes:
             raise UserError(f"{module}: some adapters hold it as a layer, others as a bare parameter; save them alike")

@@ -143,6 +143,47 @@ class FoldRecord(Record):
         )
 
 
+class AdapterRecord(Record):
+    """One adapter: its base, as it says, how many updates of which form it holds, their ranks, |D| and |D| / |W|."""
+
+    name: str
+    base: str | None
+    parameters: int
+    forms: dict[str, int]
+    ranks: tuple[int, ...]
+    norm: float
+    relative_norm: float | None
+
+
+class LayerRecord(Record):
+    """Several adapters in one layer: each one's |D| and |D| / |W|, their cosines, and where their signs conflict."""
+
+    norms: tuple[float, ...]
+    relative_norms: tuple[float, ...] | None
+    cosine: tuple[tuple[float, ...], ...]
+    sign_conflict: float
+
+    @classmethod
+    def of(cls, tally: Tally) -> "LayerRecord":
+        norms = tuple(math.sqrt(max(row[i], 0.0)) for i, row in enumerate(tally.gram))
+        size = math.sqrt(tally.base_sq)
+        return cls(
+            norms=norms,
+            relative_norms=tuple(n / size for n in norms) if size else None,
+            cosine=tally.cosine,
+            sign_conflict=tally.sign_conflict,
+        )
+
+
+class InspectRecord(Record):
+    """What is known of adapters before they are merged; `lost` is the share of their mean that a rank-r copy loses."""
+
+    adapters: tuple[AdapterRecord, ...]
+    overall: LayerRecord
+    layers: dict[str, LayerRecord]
+    lost: dict[int, float]
+
+
 class SaveRecord(Record):
     """What became of a merge as an adapter: its ranks, and the share |lost| / |D| that they cost, in all and by module.
 

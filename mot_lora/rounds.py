@@ -1,7 +1,6 @@
 """The Merge-of-Thought loop: train each branch, merge, fold, evaluate, stop (arXiv 2509.08814)."""
 
 import platform
-import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.adapters import load_adapter
-from mot_lora.agreement import tally
+from mot_lora.agreement import layer_of, tally
 from mot_lora.base import fold, load_model
 from mot_lora.branch import add_adapter, reset_adapter
 from mot_lora.checkpoint import Checkpoint
@@ -162,7 +161,7 @@ class Loop:
         write_lines(self.rundir.round(number) / "answers.jsonl", answers)
         layers: dict[str, list[Tally]] = {}
         for module, row in tallies.items():
-            layers.setdefault(_layer(module), []).append(row)
+            layers.setdefault(layer_of(module), []).append(row)
         done = RoundRecord(
             round=number,
             teachers=tuple(names),
@@ -268,9 +267,3 @@ def _device(config: Config) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
-
-
-def _layer(module: str) -> str:
-    """The transformer layer that a module belongs to: `model.layers.3.mlp.up_proj` -> `model.layers.3`."""
-    found = re.match(r".*?\.\d+(?=\.)", module)
-    return found[0] if found else module

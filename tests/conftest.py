@@ -1,8 +1,11 @@
 """Small real students, real PEFT adapters and real configs, made once a session."""
 
+import copy
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from mot_lora.config import Config, demo_path, parse_config
@@ -76,6 +88,113 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(request: pytest.FixtureRequest) -> Path:
     """Each of the tiny students in turn."""
     return request.getfixturevalue(request.param)
+
+
+# --- tiny bases of every layout, and what PEFT makes of them --------------------------------------------
+
+VOCABULARY = 40
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+BASES: dict[str, Callable[[], PreTrainedModel]] = {
+    "tied": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=8, tie_word_embeddings=True)),
+    "untied": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=8, tie_word_embeddings=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE, tie_word_embeddings=True)),  # q, k, v have biases
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    ),
+    "moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_SHAPE,
+            head_dim=8,
+            moe_intermediate_size=12,
+            num_experts=4,
+            num_experts_per_tok=2,
+            tie_word_embeddings=False,
+        )
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random models in fp32, saved by transformers, by the names in BASES."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name, make in BASES.items():
+        torch.manual_seed(0)
+        model = make()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p) * 0.3 if p.ndim > 1 else p + torch.randn_like(p) * 0.1)
+        model.save_pretrained(folder / name)
+    return {name: folder / name for name in BASES}
+
+
+@cache
+def _loaded(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def fresh(path: Path) -> PreTrainedModel:
+    """A model in fp32 that is the caller's own; one that is not going to be written again."""
+    return copy.deepcopy(_loaded(path))
+
+
+def logits_of(model: torch.nn.Module) -> Tensor:
+    """The logits of every token of the tiny bases' vocabulary, without dropout."""
+    ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(5)).view(2, -1)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.float()
+
+
+def apart(got: Tensor, want: Tensor, without: Tensor | float = 0.0) -> float:
+    """The largest error, by the size of what is to be seen: |got - want| / |want - without|."""
+    return float((got - want).abs().max() / (want - without).abs().max())
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint or an adapter, without the package."""
+    return {k: v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
+
+
+def peft_adapter(base: Path, out: Path, seed: int, **settings: Any) -> Tensor:
+    """Save a PEFT adapter of a tiny base, everything that it trains moved at random, and return its logits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on tied weights, and what it saves
+        model = get_peft_model(fresh(base), LoraConfig(**{"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM", **settings}))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += torch.randn(p.shape, generator=generator) * 0.2  # in place: tied factors share their memory
+        model.save_pretrained(str(out))
+    return logits_of(model)
+
+
+def peft_model(base: Path | PreTrainedModel, **folders: Path) -> PeftModel:
+    """A base with adapters as PEFT loads them, by name; the first is active."""
+    model = fresh(base) if isinstance(base, Path) else base
+    (first, folder), *others = folders.items()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
+        for name, other in others:
+            live.load_adapter(str(other), name)
+    return live.eval()
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def files_of(folder: Path) -> Mapping[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 MakeAdapter = Callable[..., Path]
