@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,7 +15,7 @@ from mot_lora.checkpoint import Checkpoint, download
 from mot_lora.config import first_match
 from mot_lora.errors import UserError
 from mot_lora.layout import Layout
-from mot_lora.lowrank import Adapter, Dense, Factors, Origin, Update
+from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, Update
 from mot_lora.tensorfile import TensorFile
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,6 +35,10 @@ REFUSED = {
 }
 # These start from factors taken out of the base, so that the update is not scaling * B @ A on the original weights.
 REFUSED_INITS = {"pissa", "olora", "corda", "loftq", "lora_ga"}
+
+
+Read = Callable[[str], Tensor]
+Maker = Callable[[Read], Update]
 
 
 class Base(Protocol):
@@ -99,7 +103,7 @@ class Source:
     label: str
     config: Mapping[str, Any]
     shapes: Mapping[str, Sequence[int]]
-    read: Callable[[str], Tensor]
+    read: Read
     open_base: Callable[[], Base]
     scaling: Callable[[str], float] | None = None
     _base: Base | None = None
@@ -120,20 +124,20 @@ class Source:
         for key in self.shapes:
             module, kind = _classify(key, self.label)
             groups.setdefault(module, {})[kind] = key
-        made: dict[str, Callable[[], Update]] = {}
+        makers: dict[str, Maker] = {}
         for module in _in_order(groups):
-            made |= self._module(module, groups[module], groups)
-        if not made:
+            makers |= self._module(module, groups[module], groups)
+        if not makers:
             raise UserError(f"{self.label}: holds no LoRA factors")
         self._check_targets(groups)
-        return Made(made)
+        return Made(makers, self.read, lambda key: torch.empty(self.shapes[key], device="meta"))
 
     def _module(
         self, module: str, keys: Mapping[str, str], groups: Mapping[str, Mapping[str, str]]
-    ) -> dict[str, Callable[[], Update]]:
+    ) -> dict[str, Maker]:
         """The updates that one module's tensors are."""
         left = dict(keys)
-        out: dict[str, Callable[[], Update]] = {}
+        out: dict[str, Maker] = {}
         name = module.replace(".base_layer", "")
         if tokens := left.pop("tokens", None):
             out |= self._tokens(name, tokens)
@@ -163,7 +167,7 @@ class Source:
 
     def _factors(
         self, module: str, name: str, a: str, b: str, embedding: bool, groups: Mapping[str, Any]
-    ) -> tuple[str, Callable[[], Factors]]:
+    ) -> tuple[str, Callable[[Read], Factors]]:
         shape_a, shape_b = list(self.shapes[a]), list(self.shapes[b])
         if len(shape_a) != 2 or len(shape_b) != 2 or not 0 < shape_a[0] == shape_b[1]:
             raise UserError(f"{self.label}: module {name}: A {shape_a} and B {shape_b} are not [r, in] and [out, r]")
@@ -175,15 +179,15 @@ class Source:
         scaling = self.scaling(full) if self.scaling else self._scaling(full, rank)
         experts = shape_a[0] // rank
 
-        def linear() -> Factors:
-            return Factors(self.read(a), self.read(b), scaling, "parameter" if parameter else "linear")
+        def linear(read: Read) -> Factors:
+            return Factors(read(a), read(b), scaling, "parameter" if parameter else "linear")
 
-        def lookup() -> Factors:  # D = (B A)^T: rows are tokens
-            return Factors(self.read(b).T, self.read(a).T, scaling, "embedding")
+        def lookup(read: Read) -> Factors:  # D = (B A)^T: rows are tokens
+            return Factors(read(b).T, read(a).T, scaling, "embedding")
 
-        def stacked() -> Factors:  # PEFT stacks A by expert, and interleaves them in B
-            factors_a = self.read(a).unflatten(0, (experts, rank))
-            return Factors(factors_a, self.read(b).unflatten(1, (rank, experts)).permute(2, 0, 1), scaling, "parameter")
+        def stacked(read: Read) -> Factors:  # PEFT stacks A by expert, and interleaves them in B
+            factors_a = read(a).unflatten(0, (experts, rank))
+            return Factors(factors_a, read(b).unflatten(1, (rank, experts)).permute(2, 0, 1), scaling, "parameter")
 
         if embedding:
             return full, lookup
@@ -223,33 +227,33 @@ class Source:
             raise UserError(f"{self.label}: lora_alpha of {module} is not a number: {alpha!r}")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _dora(self, key: str, factors: Callable[[], Factors], magnitude: str) -> Callable[[], Dense]:
+    def _dora(self, key: str, factors: Callable[[Read], Factors], magnitude: str) -> Maker:
         """DoRA (arXiv 2402.09353): D = m (W + B A) / |W + B A| - W, the norm taken for each output."""
         base = self.base
 
-        def make() -> Dense:
-            update = factors()
+        def make(read: Read) -> Dense:
+            update = factors(read)
             across = 0 if update.form == "embedding" else 1
 
             def delta(dtype: torch.dtype) -> Tensor:
                 weight = base.weight(key, dtype)
                 new = weight + update.delta(dtype)
-                size = self.read(magnitude).to(dtype) / torch.linalg.norm(new, dim=across)  # pyright: ignore
+                size = read(magnitude).to(dtype) / torch.linalg.norm(new, dim=across)  # pyright: ignore
                 return new.mul_(size.unsqueeze(across)).sub_(weight)
 
             return Dense(update.shape, delta, update.form)
 
         return make
 
-    def _bias(self, name: str, key: str) -> Callable[[], Dense]:
+    def _bias(self, name: str, key: str) -> Maker:
         scaling = self.scaling(name) if self.scaling else self._scaling(name, self._rank(name))
 
-        def make() -> Dense:
-            return Dense(torch.Size(self.shapes[key]), lambda dtype: self.read(key).to(dtype) * scaling, "bias")
+        def make(read: Read) -> Dense:
+            return Dense(torch.Size(self.shapes[key]), lambda dtype: read(key).to(dtype) * scaling, "bias")
 
         return make
 
-    def _tokens(self, name: str, key: str) -> dict[str, Callable[[], Update]]:
+    def _tokens(self, name: str, key: str) -> dict[str, Maker]:
         """Trained rows of an embedding, as the low-rank update one-hot rows @ (new - old); a tied head shares them."""
         said: Any = self.config.get("trainable_token_indices")
         tokens: Any = said if not isinstance(said, dict) else said.get(first_match(said, name) or "")
@@ -257,12 +261,12 @@ class Source:
             raise UserError(f"{self.label}: {key} does not fit trainable_token_indices of {CONFIG_FILE}")
         base = self.base
 
-        def make(form: Any) -> Callable[[], Factors]:
-            def factors() -> Factors:
-                old = base.weight(name)
+        def make(form: Form) -> Maker:
+            def factors(read: Read) -> Factors:
+                new, old = read(key).float(), base.weight(name)
                 rows = torch.zeros(len(old), len(tokens))
                 rows[tokens, range(len(tokens))] = 1.0
-                return Factors(self.read(key).float() - old[tokens].to(self.read(key).device), rows, 1.0, form)
+                return Factors(new - old[tokens].to(new.device), rows.to(new.device), 1.0, form)
 
             return factors
 
@@ -274,13 +278,14 @@ class Source:
             return True
         return bool(self.config.get("ensure_weight_tying")) and f"{name}.weight" in self.base.tied
 
-    def _whole(self, key: str, stored: str) -> Callable[[], Dense]:
+    def _whole(self, key: str, stored: str) -> Maker:
         """A trained copy of a parameter: D = copy - W."""
         base = self.base
 
-        def make() -> Dense:
+        def make(read: Read) -> Dense:
             def delta(dtype: torch.dtype) -> Tensor:
-                return self.read(stored).to(dtype) - base.weight(key, dtype)
+                new = read(stored).to(dtype)
+                return new - base.weight(key, dtype).to(new.device)
 
             origin = Origin(stored.removeprefix(PREFIX), lambda dtype: base.weight(key, dtype))
             return Dense(torch.Size(self.shapes[stored]), delta, "whole", origin)
@@ -308,21 +313,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Made(Mapping[str, Update]):
-    """Updates that are made when they are asked for, and not kept."""
+    """Updates that are made when they are asked for, and not kept; `sketches` are the same without their numbers."""
 
-    makers: Mapping[str, Callable[[], Update]] = field(default_factory=dict[str, Callable[[], Update]])
+    makers: Mapping[str, Maker]
+    read: Read
+    sketch: Read
+
+    @property
+    def sketches(self) -> "Made":
+        return Made(self.makers, self.sketch, self.sketch)
 
     def __getitem__(self, module: str) -> Update:
-        return self.makers[module]()
+        return self.makers[module](self.read)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.makers)
 
     def __len__(self) -> int:
         return len(self.makers)
-
-    def __contains__(self, module: object) -> bool:
-        return module in self.makers
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """The commands. Each is one call into the package, and says what it did as a table or as JSON."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -239,6 +240,8 @@ def _end(status: int, line: str) -> NoReturn:
 def main() -> None:
     """Run a command; a mistake of the user's ends with exit status 2 and one line."""
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other about their next versions
+    # threads that wait by spinning make CPU work many times slower wherever something else runs beside it
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as e:

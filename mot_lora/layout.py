@@ -27,14 +27,18 @@ class Layout:
         import transformers
         from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        config = transformers.AutoConfig.from_pretrained(self.checkpoint.path)
         names: list[str] = self.checkpoint.config.get("architectures") or ["?"]
         kind: Any = getattr(transformers, names[0], None)
         if kind is None:
             raise UserError(f"{self.checkpoint.name}: transformers has no `{names[0]}`, so its layers cannot be told")
-        with torch.device("meta"):
-            return kind(config)
+        said = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.checkpoint.path)
+            with torch.device("meta"):
+                return kind(config)
+        finally:
+            logging.set_verbosity(said)
 
     def module(self, name: str) -> nn.Module:
         """A module of the model. UserError when there is none of that name."""

@@ -105,6 +105,11 @@ class Adapter:
     base: str | None = None
     targets: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def sketches(self) -> Mapping[str, Update]:
+        """The updates as far as their shapes, ranks and forms go: nothing is read where they are read lazily."""
+        return getattr(self.updates, "sketches", self.updates)
+
 
 def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The exact weighted sum of low-rank updates, as one of rank sum(r).

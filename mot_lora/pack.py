@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mot_lora.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from mot_lora.errors import UserError
-from mot_lora.lowrank import Adapter, Dense, Factors, Origin, inner, truncate
+from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, inner, truncate
 from mot_lora.merged import Merged, method_name
 from mot_lora.progress import Progress, silent
 from mot_lora.records import SaveRecord
@@ -67,7 +67,7 @@ def save_adapter(
 def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress = silent) -> Packed:
     """An adapter or a merge as PEFT holds it. Arguments and errors as in `save_adapter`."""
     modules = list(adapter.shapes if isinstance(adapter, Merged) else adapter.updates)
-    forms = {m: adapter.forms[m] if isinstance(adapter, Merged) else adapter.updates[m].form for m in modules}
+    forms = _forms(adapter)
     tensors: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
     norms: dict[str, float] = {}
@@ -161,8 +161,11 @@ def _target_parameters(adapter: Adapter | Merged) -> list[str]:
     said = {tuple(sorted(a.targets.get("target_parameters") or ())) for a in adapters}
     if len(said) == 1 and (one := said.pop()):
         return list(one)
-    forms = adapter.forms if isinstance(adapter, Merged) else {m: u.form for m, u in adapter.updates.items()}
-    return [m for m, form in forms.items() if form == "parameter"]
+    return [m for m, form in _forms(adapter).items() if form == "parameter"]
+
+
+def _forms(adapter: Adapter | Merged) -> Mapping[str, Form]:
+    return adapter.forms if isinstance(adapter, Merged) else {m: u.form for m, u in adapter.sketches.items()}
 
 
 def _lora_tensors(module: str, form: str, f: Factors, bare: Sequence[str]) -> dict[str, Tensor]:

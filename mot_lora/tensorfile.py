@@ -1,17 +1,18 @@
 """A safetensors file, read and written one tensor at a time.
 
-The library maps a whole file, whose touched pages stay resident, and writes only what is all in memory; here both are
-bounded by one tensor.
+The library maps a whole file, whose touched pages stay resident, and writes only what is all in memory; here both
+are bounded by one tensor.
 """
 
 import json
 import math
-import mmap
+import os
 import struct
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -35,7 +36,6 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8
-CHUNK = 1 << 24  # bytes that a copy holds at once
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class TensorFile:
         try:
             with safe_open(self.path, "pt"):  # the library's own checks of the header
                 pass
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._fd = os.open(self.path, os.O_RDONLY)
         except Exception as e:  # safetensors raises its own and OSError alike
             raise UserError(f"{self.path}: missing, damaged or not safetensors ({e}); copy or download it again") from e
-        (length,) = struct.unpack("<Q", self._map[:8])
-        header: dict[str, Any] = json.loads(self._map[8 : 8 + length])
+        weakref.finalize(self, os.close, self._fd)
+        (length,) = struct.unpack("<Q", os.pread(self._fd, 8, 0))
+        header: dict[str, Any] = json.loads(os.pread(self._fd, length, 8))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.entries: dict[str, Entry] = {}
         for name, e in header.items():
@@ -81,24 +81,22 @@ class TensorFile:
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """A copy of one tensor, as it is stored."""
         entry = self.entries[name]
-        if entry.start == entry.end:
-            return torch.empty(entry.shape, dtype=entry.dtype, device=device)
-        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        raw.numpy()[:] = memoryview(self._map)[entry.start : entry.end]
-        self._forget(entry.start, entry.end)
-        return raw.view(entry.dtype).view(entry.shape).to(device)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        left = _bytes(tensor)
+        at = entry.start
+        while len(left):  # one read takes at most 2 GiB
+            count = os.preadv(self._fd, [left], at)
+            if not count:
+                raise UserError(f"{self.path}: {name} is cut off; the file was shortened while it was read")
+            left, at = left[count:], at + count
+        return tensor.to(device)
 
-    def copy(self, name: str, to: IO[bytes]) -> None:
-        """Append one tensor's bytes to an open file."""
+    def copy(self, name: str, to: int) -> None:
+        """Write one tensor's bytes where an open file stands."""
         entry = self.entries[name]
-        for start in range(entry.start, entry.end, CHUNK):
-            end = min(start + CHUNK, entry.end)
-            _write(to, memoryview(self._map)[start:end])
-            self._forget(start, end)
-
-    def _forget(self, start: int, end: int) -> None:
-        start -= start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+        at = entry.start
+        while at < entry.end:
+            at += os.sendfile(to, self._fd, at, entry.end - at)
 
 
 def write_tensors(
@@ -122,24 +120,25 @@ def write_tensors(
     text += b" " * (-len(text) % ALIGNMENT)
     left = set(entries)
     with Path(path).open("wb", buffering=0) as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that is too small says so here, and writing is faster
+            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)  # a disk that is too small may say so only while writing
         for name, tensor in tensors:
             start, _ = header[name]["data_offsets"]
             file.seek(8 + len(text) + start)
             if isinstance(tensor, TensorFile):
-                tensor.copy(name, file)
+                tensor.copy(name, file.fileno())
             else:
                 data = tensor.detach().to("cpu").contiguous()
                 if (CODES[data.dtype], list(data.shape)) != (header[name]["dtype"], header[name]["shape"]):
                     raise ValueError(f"{name} is {data.dtype} {list(data.shape)}, not what was announced")
-                _write(file, data.flatten().view(torch.uint8).numpy())
+                rest = _bytes(data)
+                while len(rest):  # one write takes at most 2 GiB
+                    rest = rest[file.write(rest) :]
             left.discard(name)
     if left:
         raise ValueError(f"no tensor was given for {sorted(left)}")
 
 
-def _write(file: IO[bytes], data: Any) -> None:
-    view = memoryview(data)
-    while len(view):  # one write takes at most 2 GiB
-        view = view[file.write(view) :]
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(cast("Any", tensor.view(-1).view(torch.uint8).numpy()))
