@@ -29,8 +29,9 @@ def core(parts: Sequence[Factors]) -> Aligned:
     """The core space: D_i = U M_i V^T in orthonormal bases of all B's and all A's (Core Space, arXiv 2509.17786).
 
     U: left singular vectors of [B_1 | B_2 | ...], V^T: right singular vectors of [A_1; A_2; ...], M_i = U^T B_i A_i V,
-    at most sum(r) x sum(r). Each pair is balanced first (singular values split evenly), so that the result depends on
-    the updates and not on how they were factored. fp64 within, lossless.
+    at most sum(r) x sum(r). Each pair is balanced first (singular values split evenly) and directions below 1e-6 of
+    the largest, which are rounding, are left out, so that the result depends on the updates and not on how they were
+    factored. fp64 within, lossless.
 
     >>> parts = [Factors(torch.eye(2), torch.eye(2)), Factors(torch.eye(2), -torch.eye(2))]
     >>> aligned = core(parts)
@@ -38,8 +39,10 @@ def core(parts: Sequence[Factors]) -> Aligned:
     True
     """
     balanced = [truncate(p, p.rank)[0] for p in parts]
-    left, _, _ = svd(torch.cat([p.b.double() for p in balanced], dim=-1))
-    _, _, right = svd(torch.cat([p.a.double() for p in balanced], dim=-2))
+    left, s, _ = svd(torch.cat([p.b.double() for p in balanced], dim=1))
+    left = left[:, : _size(s)]
+    _, s, right = svd(torch.cat([p.a.double() for p in balanced], dim=0))
+    right = right[: _size(s)]
     coordinates = [(left.mT @ p.b.double()) @ (p.a.double() @ right.mT) for p in balanced]
     return Aligned(left.float(), [c.float() for c in coordinates], right.float())
 
@@ -55,13 +58,17 @@ def knots(parts: Sequence[Factors]) -> Aligned:
     >>> bool(torch.allclose(aligned.factors(aligned.coordinates[1]).delta(), -torch.eye(2)))
     True
     """
-    q, _, _ = svd(torch.cat([p.b.double() * p.scaling for p in parts], dim=-1))
+    q, _, _ = svd(torch.cat([p.b.double() * p.scaling for p in parts], dim=1))
     rows = [(q.mT @ (p.b.double() * p.scaling)) @ p.a.double() for p in parts]
-    u, s, vh = svd(torch.cat(rows, dim=-1))
-    s = s.where(s > 1e-6 * s.amax(-1, keepdim=True), 0.0)
-    left = (q @ u) * s[..., None, :]
-    vh = vh * (s > 0)[..., None]
-    return Aligned(left.float(), [v.float() for v in torch.split(vh, parts[0].shape[-1], dim=-1)])
+    u, s, vh = svd(torch.cat(rows, dim=1))
+    k = _size(s)
+    left = (q @ u[:, :k]) * s[:k]
+    return Aligned(left.float(), [v.float() for v in torch.split(vh[:k], parts[0].shape[1], dim=1)])
+
+
+def _size(s: Tensor) -> int:
+    """How many singular values are more than rounding, and at least 1."""
+    return max(1, int(torch.count_nonzero(s > 1e-6 * s[0])))
 
 
 Space = Callable[[Sequence[Factors]], Aligned]

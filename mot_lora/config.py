@@ -42,7 +42,16 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     >>> first_match(["k_proj", "mlp.*"], "model.layers.0.mlp.up_proj")
     'mlp.*'
     """
-    return next((p for p in patterns if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), None)
+    return next((p for p in patterns if compiled(p).fullmatch(module)), None)
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A module pattern as a regular expression. Errors: ValueError for what is none."""
+    try:
+        re.compile(pattern)  # `a)(b` is none, but would be one below
+        return re.compile(rf"(?:.*\.)?(?:{pattern})")
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ValueError(f"`{pattern}` is not a pattern of module names ({e})") from e
 
 
 def for_module(setting: PerModule, module: str, default: float = 1.0) -> float:
@@ -113,17 +122,15 @@ class LoraConfig(Settings):
 
 def _check_numbers(setting: PerModule, holds: Callable[[float], bool], must: str) -> None:
     for pattern, number in (setting if isinstance(setting, dict) else {".*": setting}).items():
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            raise ValueError(f"`{pattern}` is not a pattern of module names ({e})") from e
+        compiled(pattern)
         if not holds(number):
             raise ValueError(f"{must}, not {number}")
 
 
 def _place(method: Any) -> object:
     """A function's place, so that a run's record of it can be read again."""
-    return f"{method.__module__}:{method.__qualname__}" if callable(method) else cast("object", method)
+    name = getattr(method, "__qualname__", None)
+    return f"{method.__module__}:{name}" if name else cast("object", method)
 
 
 def _known_method(method: str) -> str:
@@ -309,8 +316,10 @@ def load_merge(path: str | Path | None = None, **settings: Any) -> MergeConfig:
 
 
 def _per_module(key: str, text: Any) -> PerModule:
+    if not isinstance(text, str):
+        return text
     try:
-        if not isinstance(text, str) or "=" not in text:
+        if "=" not in text:
             return float(text)
         pairs = [item.rpartition("=") for item in text.split(",")]
         return {pattern: float(number) for pattern, _, number in pairs}
@@ -322,15 +331,17 @@ def _parse(kind: type[S], tree: Any, source: str) -> S:
     try:
         return kind.model_validate(tree)
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]")]  # the branches of a union
+        errors = e.errors(include_url=False)
+        # of the branches of a union, the one that was meant
+        first = next((x for x in errors if "dict[str,float]" in x["loc"][:-1]), errors[0])
+        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]")]
         loc = " ".join(".".join(map(str, keys)).split())  # one line, whatever the key
         if first["type"] == "extra_forbidden":
             known = _keys_beside(kind, first["loc"])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known)}"
             raise UserError(f"{source}: `{loc}` is not a setting; {hint}") from e
-        what = first["msg"].removeprefix("Value error, ")
+        what = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise UserError(f"{source}: {f'`{loc}`: ' if loc else ''}{what[0].lower()}{what[1:]}") from e
 
 

@@ -169,11 +169,17 @@ def truncate(update: Factors | Tensor, rank: int) -> tuple[Factors, float]:
 def _core_svd(update: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """L, s, R with orthonormal B @ L and R @ A, and D = (B @ L) s (R @ A)."""
     b, a = update.b.double(), update.a.double()
+    # a column of B and its row of A may share their product unequally; in equal shares, what is small is small in both
+    size_b, size_a = b.square().sum(-2).sqrt(), a.square().sum(-1).sqrt()
+    share = torch.where((size_b > 0) & (size_a > 0), (size_a / size_b).sqrt(), 1.0)
+    b, a = b * share[..., None, :], a / share[..., None]
     basis_b, root_b = _whiten(b.mT @ b)
     basis_a, root_a = _whiten(a @ a.mT)
     core = root_b[..., None] * (basis_b.mT @ basis_a) * root_a[..., None, :] * update.scaling
     u, s, vh = svd(core)
-    return basis_b @ (u * _inverse(root_b)[..., None]), s, (vh * _inverse(root_a)[..., None, :]) @ basis_a.mT
+    left = share[..., None] * (basis_b @ (u * _inverse(root_b)[..., None]))
+    right = ((vh * _inverse(root_a)[..., None, :]) @ basis_a.mT) / share[..., None, :]
+    return left, s, right
 
 
 def _truncate_dense(delta: Tensor, rank: int) -> tuple[Factors, float]:

@@ -1,20 +1,21 @@
-"""Merging methods on true updates, composed of a few primitives.
+"""Merging methods on true updates, composed of a few primitives (see also `sparsify`).
 
 Every method reads its updates one after the other, so that a lazy sequence of them is never in memory whole.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from mot_lora.errors import UserError
+from mot_lora.sparsify import check_density, drop, kth_largest, rank_densities, trim
 
 Deltas = Tensor | Sequence[Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
 Method = Callable[..., Tensor]
-SAMPLE = 1 << 14  # entries that bracket a selection
 
 
 def seed_for(*parts: object) -> int:
@@ -28,79 +29,6 @@ def seed_for(*parts: object) -> int:
 
 
 # --- the primitives --------------------------------------------------------------------------------
-
-
-def trim(delta: Tensor, density: float) -> Tensor:
-    """Keep the largest entries by magnitude, zero the rest (the trim step of TIES, arXiv 2306.01708).
-
-    Keeps max(1, floor(density * numel)) entries, and all that tie with the smallest of them.
-
-    Errors: UserError for a density outside (0, 1].
-
-    >>> trim(torch.tensor([[3.0, -1.0], [2.0, 0.5]]), 0.5)
-    tensor([[3., 0.],
-            [2., 0.]])
-    """
-    check_density(density)
-    count = max(1, int(density * delta.numel()))
-    if count >= delta.numel():
-        return delta
-    # |x| > the number before the threshold is |x| >= the threshold
-    below = torch.nextafter(kth_largest(delta.abs().flatten(), count), torch.tensor(-1.0).to(delta))
-    return torch.nn.functional.hardshrink(delta, below.item())
-
-
-def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest of a vector, exactly; much faster than a full selection where the vector is long.
-
-    A sample brackets the answer, the entries outside of the bracket are counted, and those within are searched
-    (Floyd and Rivest 1975). Where the sample misleads, all are searched.
-
-    >>> kth_largest(torch.tensor([3.0, 1.0, 2.0]), 2)
-    tensor(2.)
-    """
-    n = values.numel()
-    if n > SAMPLE:
-        sample = values[:: n // SAMPLE | 1].sort(descending=True).values
-        at, spread = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 1
-        high = sample[max(0, int(at - spread))]
-        low = sample[min(len(sample) - 1, int(at + spread))]
-        within = values[(values >= low) & (values <= high)]
-        left = k - int(torch.count_nonzero(values > high))
-        if 0 < left <= within.numel():
-            values, k = within, left
-    return values.kthvalue(values.numel() - k + 1).values
-
-
-def drop(delta: Tensor, density: float | Tensor, generator: torch.Generator) -> Tensor:
-    """Keep each entry with probability `density` and divide what is kept by it (DARE, arXiv 2311.03099).
-
-    The mean over many draws is the delta itself. `density` may differ by entry. Draw with a CPU generator, and a seed
-    means the same on every device.
-
-    Errors: UserError for a density outside (0, 1].
-
-    >>> drop(torch.ones(1, 4), 0.5, torch.Generator().manual_seed(0)).unique().tolist()
-    [0.0, 2.0]
-    """
-    if isinstance(density, float | int):
-        check_density(density)
-        if density == 1:
-            return delta
-    drawn = torch.rand(delta.shape, generator=generator, device=generator.device).to(delta.device)
-    return delta.masked_fill(drawn >= density, 0.0) / density
-
-
-def rank_densities(delta: Tensor, density: float, epsilon: float) -> Tensor:
-    """Probabilities of being kept that grow with magnitude, row by row (MagPrune of DELLA, arXiv 2406.11617).
-
-    From density - epsilon for a row's smallest entry to density + epsilon for its largest, evenly by rank.
-
-    >>> rank_densities(torch.tensor([[3.0, -1.0, 2.0]]), 0.5, 0.25)
-    tensor([[0.7500, 0.2500, 0.5000]])
-    """
-    ranks = delta.abs().argsort(-1).argsort(-1).to(delta.dtype)
-    return density + epsilon * (2 * ranks / max(1, delta.shape[-1] - 1) - 1)
 
 
 def elect_sign(weighted: Deltas) -> Tensor:
@@ -131,30 +59,32 @@ def weighted_mean(deltas: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     return total.div_(sum(weights))
 
 
-def elected_mean(deltas: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+def elected_mean(deltas: Iterable[Tensor], weights: Sequence[float], voices: Sequence[float] | None = None) -> Tensor:
     """The mean, entry by entry, over only those updates that have the elected sign (TIES, arXiv 2306.01708).
 
-    sum_i w_i d_i [sign d_i = s] / sum_i w_i [sign d_i = s] with s = elect_sign of the w_i d_i. Both signs' sums are
-    kept while the updates pass by, so that one pass and one update in memory at a time are enough. An entry for which
-    nobody votes is 0.
+    sum_i w_i d_i [sign d_i = s] / sum_i w_i [sign d_i = s] with s = elect_sign of the w_i d_i, or of the v_i d_i where
+    the sign is elected with other weights, `voices`. Both signs' sums are kept while the updates pass by, so that one
+    pass and one update in memory at a time are enough. An entry for which nobody votes is 0.
 
     >>> elected_mean(torch.tensor([[[4.0]], [[-1.0]]]), [1, 1])
     tensor([[4.]])
     """
     sums: list[Tensor] = []
     votes: list[Tensor] = []
-    part = torch.empty(0)
-    for delta, w in zip(deltas, weights, strict=True):
+    part = balance = torch.empty(0)
+    for delta, w, v in zip(deltas, weights, voices or weights, strict=True):
         if not sums:
             sums, votes = ([torch.zeros_like(delta), torch.zeros_like(delta)] for _ in range(2))
-            part = torch.empty_like(delta)
+            part, balance = torch.empty_like(delta), torch.zeros_like(delta) if voices else balance
+        if voices:
+            balance.add_(delta.detach(), alpha=v)
         for k, clamp in enumerate((torch.clamp_min, torch.clamp_max)):
             clamp(delta.detach(), 0.0, out=part)
             sums[k].add_(part, alpha=w)
             votes[k].add_(part.sign_(), alpha=w)
     if not sums:
         raise UserError("nothing to merge: give at least one update")
-    plus = elect_sign(sums)
+    plus = elect_sign([balance] if voices else sums)
     total = torch.where(plus, sums[0], sums[1])
     vote = torch.where(plus, votes[0], votes[1]).abs_()
     return total.div_(vote.masked_fill_(vote == 0, 1.0))
@@ -277,25 +207,33 @@ def sce(deltas: Deltas, weights: Sequence[float] | None = None, *, density: floa
     d, w = _prepare(deltas, weights)
     check_density(density)
     selected = 1.0 if density == 1 else _most_varied(d, density)
-    energies = [float((x * selected).square_().mean()) for x in d]
-    if not any(energies):
+    energies = [float((_wide(x) * selected).square_().mean()) for x in d]
+    most = max(energies)
+    if not most:
         return torch.zeros_like(d[0])
-    return scale * elected_mean((x * selected for x in d), [v * e for v, e in zip(w, energies, strict=True)])
+    return scale * elected_mean(
+        (x * selected for x in d), [v * (e / most) for v, e in zip(w, energies, strict=True)], w
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32 at least: squares of half-precision updates underflow."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _most_varied(deltas: Deltas, density: float) -> Tensor:
     """1 for the share `density` of the entries that vary over the updates, those that vary most, else 0."""
     if len(deltas) < 2:
         raise UserError("sce selects by the variance over adapters: give two or more, or density 1")
-    mean = weighted_mean(deltas, [1.0] * len(deltas))
+    mean = weighted_mean((_wide(x) for x in deltas), [1.0] * len(deltas))
     variance = torch.zeros_like(mean)
     for x in deltas:
-        difference = x - mean
+        difference = _wide(x) - mean
         variance.addcmul_(difference, difference)
     # equal updates differ by the rounding of their mean alone
     varies = variance > (mean * (torch.finfo(mean.dtype).eps * len(deltas))).square_()
     count = max(1, int(density * int(torch.count_nonzero(varies))))
-    return (varies & (variance >= kth_largest(variance.flatten(), count))).to(mean.dtype)
+    return (varies & (variance >= kth_largest(variance.flatten(), count))).to(deltas[0].dtype)
 
 
 METHODS: dict[str, Method] = {
@@ -319,7 +257,8 @@ def _prepare(deltas: Deltas, weights: Sequence[float] | None) -> tuple[Deltas, l
         if not shapes or any(s != shapes[0] for s in shapes):
             raise UserError(f"merging needs updates of one shape, not {shapes}")
     w = check_weights(weights, len(deltas))
-    return deltas, [x / max(w) for x in w]  # only the ratio counts, and counts of traces may overflow a dtype
+    # only the ratio counts, and counts of traces may overflow a dtype; a power of two divides without rounding
+    return deltas, [math.ldexp(x, -math.frexp(max(w))[1]) for x in w]
 
 
 def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
@@ -336,9 +275,3 @@ def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     if not all(0 <= x < float("inf") for x in w) or sum(w) <= 0:
         raise UserError(f"weights must be finite, not negative, and not all 0: {w}")
     return w
-
-
-def check_density(density: float) -> None:
-    """UserError for a density outside (0, 1]."""
-    if not 0 < density <= 1:
-        raise UserError(f"density must be in (0, 1], not {density}")

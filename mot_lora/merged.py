@@ -8,12 +8,14 @@ from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mot_lora.align import SPACES
-from mot_lora.config import PerModule, first_match, for_module
+from mot_lora.config import PerModule, compiled, first_match, for_module
 from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Factors, Form, Update, concatenate
-from mot_lora.merge import METHODS, NEEDS_DENSITY, Method, check_density, check_weights, seed_for
+from mot_lora.merge import METHODS, NEEDS_DENSITY, Method, check_weights, seed_for
+from mot_lora.sparsify import check_density
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ class Merged:
             weights = check_weights(self.weights_of(module), len(parts))
             scale = for_module(self.scale, module) / sum(weights)
             have = [(p, w * scale) for p, w in zip(parts, weights, strict=True) if isinstance(p, Factors)]
-            return concatenate([p for p, _ in have], [w for _, w in have])
+            return replace(concatenate([p for p, _ in have], [w for _, w in have]), form=self.forms[module])
         merge = self._method(module)
         if not self._stacked(parts):
             return _aligned(self.space, parts, merge)
         matrices = [_aligned(self.space, _expert(parts, e), merge) for e in range(self.shapes[module][0])]
-        a, b = torch.stack([m.a for m in matrices]), torch.stack([m.b for m in matrices])
+        k = max(m.rank for m in matrices)
+        a = torch.stack([pad(m.a, (0, 0, 0, k - m.rank)) for m in matrices])
+        b = torch.stack([pad(m.b, (0, k - m.rank)) for m in matrices])
         return Factors(a, b, form=self.forms[module])
 
     def parts(self, module: str) -> list[Update | None]:
@@ -91,7 +95,7 @@ class Merged:
         settings: dict[str, Any] = {}
         if self.density is not None:
             settings["density"] = for_module(self.density, module)
-        if "generator" in inspect.signature(method).parameters:
+        if "generator" in _arguments(method):
             seeds = [seed_for(self.seed, a.name, module) for a in self.adapters]
             settings["generator"] = [torch.Generator().manual_seed(s) for s in seeds]
 
@@ -107,6 +111,13 @@ class Merged:
             return out * scale if scale != 1 else out
 
         return merge
+
+
+def _arguments(method: Method) -> Sequence[str]:
+    try:
+        return list(inspect.signature(method).parameters)
+    except ValueError:  # a builtin tells none
+        return []
 
 
 def _checked(method: Method, deltas: Tensor, weights: Sequence[float], settings: Mapping[str, Any]) -> Tensor:
@@ -181,6 +192,7 @@ def combine(
     if len(set(names)) < len(names):
         raise UserError(f"adapters need different names, not {names}")
     resolve(method)
+    method = next((name for name, function in METHODS.items() if function is method), method)
     if method in NEEDS_DENSITY and density is None:
         raise UserError(f"method `{method_name(method)}` needs a density in (0, 1]")
     if method == "linear" and density is not None:
@@ -207,6 +219,10 @@ def combine(
     for key, setting in (("density", density), ("scale", scale), *(("weight", x) for x in w)):
         if isinstance(setting, dict):
             for pattern in setting:
+                try:
+                    compiled(pattern)
+                except ValueError as e:
+                    raise UserError(f"{key}: {' '.join(str(e).split())}") from e
                 if not any(first_match([pattern], m) for m in shapes):
                     raise UserError(f"{key} pattern `{pattern}` matches no module, e.g. not {next(iter(shapes))}")
         if key == "density" and setting is not None:
@@ -214,7 +230,10 @@ def combine(
                 check_density(value)
     merged = Merged(tuple(adapters), method, tuple(w), density, scale, seed, space, shapes, forms)
     for module in shapes:
-        check_weights(merged.weights_of(module), len(adapters))
+        try:
+            check_weights(merged.weights_of(module), len(adapters))
+        except UserError as e:
+            raise UserError(f"{module}: {e}") from e
     return merged
 
 
@@ -235,7 +254,7 @@ def resolve(method: str | Method) -> Method:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as e:
+    except (ImportError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"merge method `{method}` cannot be imported ({e}); is its folder on PYTHONPATH?") from e
     if not callable(found):
         raise UserError(f"merge method `{method}` is not a function")

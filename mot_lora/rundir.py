@@ -164,6 +164,8 @@ def _read(path: Path, kind: type[R]) -> R | None:
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
+        if set(old) == set(new) and list(old) != list(new):  # of module patterns the first counts
+            return [key]
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
     return [] if old == new else [key]

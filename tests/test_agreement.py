@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mot_lora.agreement import tally
-from mot_lora.lowrank import Adapter, Factors
+from mot_lora.agreement import layer_of, tally
+from mot_lora.lowrank import Adapter, Dense, Factors
 from mot_lora.records import FoldRecord, Tally, add_tallies
 
 OUT, WIDTH = 6, 9
@@ -75,6 +75,60 @@ def test_a_missing_module_conflicts_with_nothing() -> None:
     check(t, [dense(a, "m") for a in adapters], *matrices)
     assert t.cosine[1] == (0, 0, 0)
     assert t.conflicts == tally([adapters[0], adapters[2]], "m", *matrices).conflicts > 0
+
+
+def test_adapters_alone_have_a_tally_too() -> None:
+    adapters = [random_adapter(f"t{i}", i) for i in range(3)]
+    alone = tally(adapters, "m")
+    fold = tally(adapters, "m", *random_matrices(0))
+    assert (alone.entries, alone.conflicts, alone.gram) == (fold.entries, fold.conflicts, fold.gram)
+    assert (alone.base_sq, alone.update_sq, alone.kept, alone.survived) == (0, 0, 0, None)
+    # and on a base, before anything is merged
+    base = random_matrices(0)[0]
+    assert tally(adapters, "m", base).base_sq == fold.base_sq
+    assert tally(adapters, "m", base, base).kept == 0
+
+
+@pytest.mark.parametrize("factored", [2, 1, 0])
+def test_a_tally_of_experts_and_of_dense_updates(factored: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stacked = [
+        Factors(torch.randn(4, i + 1, WIDTH, generator=generator), torch.randn(4, OUT, i + 1, generator=generator), 0.3)
+        for i in range(2)
+    ]
+    updates = [f.scaling * (f.b.double() @ f.a.double()) for f in stacked]
+    adapters = [Adapter(f"t{i}", {"m": f if i < factored else Dense(f.shape, f.delta)}) for i, f in enumerate(stacked)]
+    base = torch.randn(4, OUT, WIDTH, generator=generator)
+    t = tally(adapters, "m", base, 0.01 * base, 0.009 * base)
+    assert (t.entries, t.conflicts) == (base.numel(), conflicts(updates))
+    assert t.survived == pytest.approx(0.9, rel=1e-6)
+    for i, j in itertools.product(range(2), repeat=2):
+        assert t.gram[i][j] == pytest.approx(float((updates[i] * updates[j]).sum()), rel=1e-5, abs=1e-4)
+
+
+def test_a_bias_is_tallied() -> None:
+    one, two = (
+        Adapter(name, {"m.bias": Dense(torch.Size([3]), lambda dtype, v=v: torch.tensor(v).to(dtype), "bias")})
+        for name, v in (("one", [1.0, -2.0, 0.0]), ("two", [1.0, 2.0, 5.0]))
+    )
+    t = tally([one, random_adapter("lacks it", 0), two], "m.bias", torch.ones(3))
+    assert (t.entries, t.conflicts) == (3, 1)
+    assert t.gram == ((5, 0, -3), (0, 0, 0), (-3, 0, 30))
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("model.layers.3.mlp.up_proj", "model.layers.3"),
+        ("model.layers.12.mlp.experts.7.up_proj", "model.layers.12"),
+        ("model.layers.0.self_attn.q_proj.bias", "model.layers.0"),
+        ("transformer.h.0.attn", "transformer.h.0"),
+        ("lm_head", "lm_head"),
+        ("model.embed_tokens", "model.embed_tokens"),
+    ],
+)
+def test_a_module_belongs_to_a_layer(module: str, layer: str) -> None:
+    assert layer_of(module) == layer
 
 
 def test_equal_and_opposite_branches() -> None:

@@ -1,6 +1,7 @@
 """Configs: what is read, and that every mistake is one line that names the file and the key."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 from pydantic import ValidationError
 
-from mot_lora.config import Config, demo_path, load_config, parse_config
+from mot_lora.config import Config, demo_path, first_match, for_module, load_config, load_merge, parse_config
 from mot_lora.errors import UserError
 
 MINIMAL: dict[str, Any] = {"student": "Qwen/Qwen3-0.6B", "teachers": [{"name": "a", "data": "a.jsonl"}]}
@@ -65,7 +67,8 @@ def test_what_is_written_is_read(write: Write) -> None:
     assert (config.lora.r, config.lora.alpha, config.lora.rslora) == (8, 16, True)
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert config.quantization == "none"
-    assert config.merge.model_dump() == {"method": "ties", "density": 0.5, "weights": (1.0, 2.5), "scale": 0.9}
+    merge = {"method": "ties", "density": 0.5, "weights": (1.0, 2.5), "scale": 0.9, "space": None}
+    assert config.merge.model_dump() == merge
     assert (config.eval.samples, config.eval.temperature) == (4, 0.6)
     assert (config.stop.metric, config.stop.patience, config.seed) == ("accuracy", 2, 7)
     assert [t.name for t in config.teachers] == ["a", "b"]
@@ -74,7 +77,8 @@ def test_what_is_written_is_read(write: Write) -> None:
 def test_what_is_left_out_has_the_documented_default(write: Write) -> None:
     config = load_config(str(write(MINIMAL)))
     assert config == Config.model_validate({**MINIMAL, "teachers": [{"name": "a", "data": config.teachers[0].data}]})
-    assert (config.merge.method, config.merge.density, config.merge.weights) == ("linear", None, None)
+    merge = {"method": "linear", "density": None, "weights": None, "scale": 1.0, "space": None}
+    assert config.merge.model_dump() == merge
     assert (config.branch.steps, config.branch.epochs, config.quantization) == (50, None, "nf4")
 
 
@@ -105,6 +109,127 @@ def test_a_config_is_frozen(write: Write) -> None:
 )
 def test_the_metric_follows_what_is_measured(write: Write, changes: dict[str, Any], metric: str) -> None:
     assert load_config(write({**MINIMAL, **changes})).metric == metric
+
+
+# --- settings by module ------------------------------------------------------------------------------
+
+
+def test_a_merge_may_differ_by_module_and_be_a_function_of_ones_own(write: Write) -> None:
+    merge = {
+        "method": "my.merges:largest",
+        "weights": [1, {"mlp.*": 2, "q_proj": 0}],
+        "density": {r"layers\.\d+\.mlp": 0.25},
+        "scale": {"lm_head": 1.5},
+        "space": "core",
+    }
+    config = load_config(write({**FULL, "merge": merge}))
+    assert config.merge.method == "my.merges:largest"
+    assert config.merge.weights == (1.0, {"mlp.*": 2.0, "q_proj": 0.0})
+    assert config.merge.density == {r"layers\.\d+\.mlp": 0.25}
+    assert config.merge.scale == {"lm_head": 1.5}
+    assert config.merge.space == "core"
+    assert load_config(write(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    # which pattern comes first counts, and survives
+    both: Any = {"b.*": 1.0, "a.*": 2.0}
+    config = load_config(write(yaml.safe_dump({**MINIMAL, "merge": {"scale": both}}, sort_keys=False)))
+    assert list(config.merge.model_dump()["scale"]) == ["b.*", "a.*"]
+
+
+def test_a_function_of_ones_own_may_take_a_density_or_not() -> None:
+    for density in (None, 0.5, {"a": 0.5}):
+        merge = parse_config({**MINIMAL, "merge": {"method": "mine:f", "density": density}}, "x").merge
+        assert merge.density == density
+
+
+def test_the_first_pattern_that_matches_counts_and_no_match_is_the_default() -> None:
+    setting = {"mlp.up_proj": 1.0, "mlp.*": 2.0, ".*": 3.0}
+    assert for_module(setting, "model.layers.0.mlp.up_proj") == 1
+    assert for_module(setting, "model.layers.0.mlp.down_proj") == 2
+    assert for_module(setting, "lm_head") == 3
+    assert for_module({"mlp.*": 2.0}, "lm_head") == 1
+    assert for_module({"mlp.*": 2.0}, "lm_head", 0.5) == 0.5
+    assert for_module(0.25, "lm_head") == 0.25
+
+
+SEGMENTS = ["model", "layers", "0", "1", "10", "mlp", "self_attn", "q_proj", "kq_proj", "proj", "lm_head"]
+names = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=5).map(".".join)
+EXPRESSIONS = ["q_proj|kq_proj", "proj|lm_head", "(k|q)_proj", r"layers\.\d+\..*", ".*", ".*proj", "l.*d", r"\d"]
+EXPRESSIONS += ["[01]", "[^.]+", "", "^model.*", "q_pro.", "mlp.q_proj", "layers.1"]
+expressions = st.sampled_from(EXPRESSIONS)
+suffixes = st.tuples(names, st.integers(0, 30)).map(lambda x: x[0][x[1] % len(x[0]) :])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(names, st.lists(names | expressions | suffixes, max_size=4))
+def test_a_pattern_means_what_it_means_in_pefts_rank_pattern(name: str, patterns: list[str]) -> None:
+    found = first_match(patterns, name)
+    assert (name if found is None else found) == get_pattern_key(patterns, name)
+
+
+def test_every_pattern_alone_means_what_it_means_in_pefts_rank_pattern() -> None:
+    for n in (1, 2, 3):
+        for name in map(".".join, itertools.product(SEGMENTS, repeat=n)):
+            for pattern in EXPRESSIONS:
+                assert (first_match([pattern], name) is not None) == (get_pattern_key([pattern, ".*"], name) == pattern)
+
+
+# --- a merge alone -----------------------------------------------------------------------------------
+
+
+def test_a_merge_spec_is_the_merge_part_of_a_config(tmp_path: Path) -> None:
+    file = tmp_path / "merge.yaml"
+    file.write_text("method: ties\ndensity: {'mlp.*': 0.3, '.*': 0.5}\nweights: [1, {q_proj: 2}]\nspace: knots\n")
+    spec = load_merge(file)
+    assert (
+        spec
+        == parse_config({**MINIMAL, "teachers": FULL["teachers"], "merge": yaml.safe_load(file.read_text())}, "x").merge
+    )
+    other = load_merge(
+        str(file), density="0.25", scale="q_proj=2,mlp.*=3", weights=[1, 1, 1], method=None, space="core"
+    )
+    assert (other.density, other.scale, other.weights) == (0.25, {"q_proj": 2.0, "mlp.*": 3.0}, (1, 1, 1))
+    assert (other.method, other.space) == ("ties", "core")
+    assert load_merge() == load_merge(method=None)
+    assert load_merge(method="sce", density=0.5).density == 0.5
+    assert load_merge(method="sce", density={"q_proj": 0.5}).density == {"q_proj": 0.5}
+    assert load_merge(scale=r"layers\.(0|1)\..*=2").scale == {r"layers\.(0|1)\..*": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"method": "tie"}, ["merge: `method`", "`tie`"]),
+        ({"method": "ties"}, ["merge: method `ties` needs a `density`"]),
+        ({"density": "0.5"}, ["merge: method `linear` takes no `density`"]),
+        ({"method": "ties", "density": "half"}, ["density 'half'", "PATTERN=NUMBER"]),
+        ({"method": "ties", "density": "mlp=half"}, ["density 'mlp=half'", "PATTERN=NUMBER"]),
+        ({"method": "ties", "density": "mlp=.5,"}, ["density 'mlp=.5,'", "PATTERN=NUMBER"]),
+        ({"method": "ties", "density": "mlp=2"}, ["merge: `density`", "not 2.0"]),
+        ({"scale": "q(=2"}, ["merge: `scale`", "`q(`"]),
+        ({"scale": "nan"}, ["merge: `scale`", "finite"]),
+        ({"scale": ""}, ["scale ''", "PATTERN=NUMBER"]),
+        ({"weights": [1, -1]}, ["merge: `weights`", "negative"]),
+        ({"space": "cor"}, ["merge: `space`", "'core'"]),
+        ({"desnity": 1}, ["merge: `desnity` is not a setting", "`density`"]),
+    ],
+    ids=str,
+)
+def test_each_mistake_of_a_merge_spec_is_named(given: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(UserError) as e:
+        load_merge(**given)
+    assert all(n in str(e.value) for n in named), str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_merge_spec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "merge.yaml"
+    for text, named in (("[1", "not YAML"), ("- 1", "key: value"), ("methd: ties", "did you mean `method`?")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=named) as e:
+            load_merge(file)
+        assert str(file) in str(e.value)
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+        load_merge(tmp_path / "none.yaml")
 
 
 # --- paths -------------------------------------------------------------------------------------------
@@ -256,13 +381,34 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"lora": {"r": 2.5}}, ["`lora.r`", "integer"]),
         ({"lora": {"alpha": 0}}, ["`lora.alpha`"]),
         ({"quantization": "int4"}, ["`quantization`", "'nf4', 'int8' or 'none'"]),
-        ({"merge": {"method": "tie"}}, ["`merge.method`", "'ties'"]),
-        ({"merge": {"method": "ties"}}, ["`merge`", "`ties` needs a `density`"]),
-        ({"merge": {"method": "dare_linear"}}, ["`merge`", "`dare_linear` needs a `density`"]),
-        ({"merge": {"method": "dare_ties"}}, ["`merge`", "`dare_ties` needs a `density`"]),
+        ({"merge": {"method": "tie"}}, ["`merge.method`", "`tie`", " ties, ", "sce", "module:function"]),
+        ({"merge": {"method": "mine.f"}}, ["`merge.method`", "`mine.f`", "module:function"]),
+        ({"merge": {"method": "a b:f"}}, ["`merge.method`", "`a b:f`"]),
+        ({"merge": {"method": "tie\ns"}}, ["`merge.method`", "tie s"]),
+        ({"merge": {"method": 3}}, ["`merge.method`", "string"]),
+        *(
+            ({"merge": {"method": m}}, ["`merge`", f"`{m}` needs a `density`"])
+            for m in ("ties", "dare_linear", "dare_ties", "della", "sce")
+        ),
+        ({"merge": {"space": "coer"}}, ["`merge.space`", "'core' or 'knots'"]),
         ({"merge": {"density": 0.5}}, ["`merge`", "`linear` takes no `density`"]),
-        ({"merge": {"method": "ties", "density": 0}}, ["`merge.density`", "greater than 0"]),
-        ({"merge": {"method": "ties", "density": 1.1}}, ["`merge.density`", "less than or equal to 1"]),
+        ({"merge": {"density": {"mlp.*": 0.5}}}, ["`merge`", "`linear` takes no `density`"]),
+        ({"merge": {"method": "ties", "density": 0}}, ["`merge.density`", "must be in (0, 1], not 0"]),
+        ({"merge": {"method": "ties", "density": 1.1}}, ["`merge.density`", "must be in (0, 1], not 1.1"]),
+        ({"merge": {"method": "mine:f", "density": -1}}, ["`merge.density`", "must be in (0, 1], not -1"]),
+        ({"merge": {"method": "ties", "density": {"a": 0.5, "b": 2}}}, ["`merge.density`", "(0, 1], not 2"]),
+        ({"merge": {"method": "ties", "density": {"(": 0.5}}}, ["`merge.density`", "`(`", "pattern"]),
+        ({"merge": {"method": "ties", "density": {"a": "x"}}}, ["`merge.density.a`", "number"]),
+        ({"merge": {"scale": {"a)(b": 1}}}, ["`merge.scale`", "`a)(b`", "pattern"]),
+        ({"merge": {"scale": {"(?i)q_proj": 1}}}, ["`merge.scale`", "`(?i)q_proj`", "pattern"]),
+        ({"merge": {"scale": {"a{99999999999}": 1}}}, ["`merge.scale`", "`a{99999999999}`", "pattern"]),
+        ({"merge": {"scale": {"[\n": 1}}}, ["`merge.scale`", "pattern"]),
+        ({"merge": {"scale": {"a": 0}}}, ["`merge.scale`", "above 0"]),
+        ({"merge": {"scale": {"a": float("inf")}}}, ["`merge.scale.a`", "finite"]),
+        ({"merge": {"weights": [{"a": -1}]}}, ["`merge.weights", "negative"]),
+        ({"merge": {"weights": [{"+": 1}]}}, ["`merge.weights", "`+`", "pattern"]),
+        ({"merge": {"weights": [{"a": "x"}]}}, ["`merge.weights.0.a`", "number"]),
+        ({"merge": {"weights": [{"a": 1}, 1]}}, ["merge.weights", "2 numbers for 1 teachers"]),
         ({"merge": {"weights": [1, 2]}}, ["merge.weights", "2 numbers for 1 teachers"]),
         ({"merge": {"weights": [-1]}}, ["merge.weights", "negative"]),
         ({"merge": {"weights": [0]}}, ["merge.weights", "all 0"]),
