@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mot_lora.config import Config, load_config
     from mot_lora.errors import UserError
     from mot_lora.export import export
-    from mot_lora.fold import fold_checkpoint, verify_checkpoint
+    from mot_lora.fold import fold_checkpoint
     from mot_lora.inspection import inspect_adapters
     from mot_lora.live import adapter_from_peft, add_merged_adapter
     from mot_lora.lowrank import Adapter, Dense, Factors
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mot_lora.records import EvaluationRecord, InspectRecord, RunRecord, SaveRecord, TrainRecord, VerifyRecord
     from mot_lora.rounds import run
     from mot_lora.sources import merge_adapters
+    from mot_lora.verify import verify_checkpoint
 
 # On a CPU bitsandbytes suggests, while it is imported, a package that would fetch kernels from a hub at run time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
@@ -28,7 +29,7 @@ _ROOMS = {
     "config": ("Config", "load_config"),
     "errors": ("UserError",),
     "export": ("export",),
-    "fold": ("fold_checkpoint", "verify_checkpoint"),
+    "fold": ("fold_checkpoint",),
     "inspection": ("inspect_adapters",),
     "live": ("adapter_from_peft", "add_merged_adapter"),
     "lowrank": ("Adapter", "Dense", "Factors"),
@@ -38,6 +39,7 @@ _ROOMS = {
     "records": ("EvaluationRecord", "InspectRecord", "RunRecord", "SaveRecord", "TrainRecord", "VerifyRecord"),
     "rounds": ("run",),
     "sources": ("merge_adapters",),
+    "verify": ("verify_checkpoint",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.errors import UserError
-from mot_lora.fold import Fold
 from mot_lora.merged import Merged
+from mot_lora.placement import Placement
 from mot_lora.weights import read_weight, write_weight
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast for each int8 product
@@ -93,7 +93,7 @@ def fold(model: PeftModel, checkpoint: Checkpoint, ledger: Sequence[Merged]) -> 
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer)
     }
-    for module, places in sorted(Fold(checkpoint, tuple(ledger)).places.items()):
+    for module, places in sorted(Placement.of(checkpoint, ledger).places.items()):
         if places != [f"{module}.weight"] or module not in layers:
             raise UserError(f"{checkpoint.name}: {module} is no linear layer of the model in memory")
         layer = layers[module]

@@ -156,8 +156,9 @@ def fold(
 
     from mot_lora.checkpoint import Checkpoint
     from mot_lora.display import live, screen, verify_table
-    from mot_lora.fold import fold_checkpoint, verify_checkpoint
+    from mot_lora.fold import fold_checkpoint
     from mot_lora.sources import merge_adapters
+    from mot_lora.verify import verify_checkpoint
 
     console = screen(as_json)
     checkpoint = Checkpoint.open(base)

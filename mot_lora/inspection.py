@@ -9,9 +9,9 @@ import torch
 
 from mot_lora.agreement import layer_of, tally
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.fold import Fold
 from mot_lora.lowrank import Adapter, Factors, spectrum
 from mot_lora.merged import Merged, combine
+from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
 from mot_lora.records import AdapterRecord, InspectRecord, LayerRecord, Tally, add_tallies
 from mot_lora.sources import check_bases, read_adapters
@@ -39,15 +39,15 @@ def inspect_adapters(
     if base is None:
         check_bases(read)
     merged = combine(read)
-    fold = None if base is None else Fold(base if isinstance(base, Checkpoint) else Checkpoint.open(base), (merged,))
-    if fold:
-        fold.check()
+    placement = None if base is None else Placement.of(base, merged)
+    if placement:
+        placement.check()
     tallies: dict[str, Tally] = {}
     tails: dict[int, float] = dict.fromkeys(RANKS, 0.0)
     total = 0.0
     for done, module in enumerate(merged.shapes, 1):
         row = tally(read, module)
-        tallies[module] = row.model_copy(update={"base_sq": fold.base_square(module)}) if fold else row
+        tallies[module] = row.model_copy(update={"base_sq": placement.base_square(module)}) if placement else row
         values = _singular_values(merged, module).square()
         total += float(values.sum())
         for rank in RANKS:

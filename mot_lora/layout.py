@@ -74,7 +74,7 @@ class Layout:
 
     def parameter(self, module: str) -> str:
         """The full name of what a module's update belongs to: its weight, unless it is named in full."""
-        known = self._parameters
+        known = self.parameters
         for name in (f"{module}.weight", module):
             if name in known:
                 return name
@@ -102,8 +102,9 @@ class Layout:
         if name not in self.checkpoint.files:
             raise UserError(f"{self.checkpoint.name}: {name} is stored in pieces; an adapter that needs it is refused")
         weight = self.checkpoint.tensor(name).to(dtype)
-        return weight.T if type(self.module(name.rpartition(".")[0])).__name__ == "Conv1D" else weight
+        turned = weight.ndim == 2 and type(self.module(name.rpartition(".")[0])).__name__ == "Conv1D"
+        return weight.T if turned else weight
 
     @cached_property
-    def _parameters(self) -> set[str]:
+    def parameters(self) -> set[str]:
         return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}

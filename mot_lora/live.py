@@ -12,9 +12,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mot_lora.adapters import Source
 from mot_lora.config import PerModule
 from mot_lora.errors import UserError
+from mot_lora.kinds import Source
 from mot_lora.lowrank import Adapter
 from mot_lora.merge import Method
 from mot_lora.merged import combine
@@ -38,6 +38,9 @@ def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
         warnings.simplefilter("ignore")  # it guesses whether embeddings should be saved too
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach().clone() for key, tensor in state.items()}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"adapter `{name}`: {key} holds numbers that are not finite; train it again")
     base = LiveBase(model)
     source = Source(
         f"adapter `{name}`",
@@ -140,6 +143,8 @@ class LiveBase:
         return module
 
     def weight(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        if getattr(self.modules.get(module), "merged", False):
+            raise UserError(f"{module}: adapters are merged into its weights; call the model's unmerge_adapter() first")
         if module in self.modules:
             layer = self.module(module)
             weight = read_weight(layer)

@@ -64,6 +64,7 @@ class Origin:
 
     name: str
     read: Callable[[torch.dtype], Tensor]
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ class Adapter:
         return getattr(self.updates, "sketches", self.updates)
 
 
-def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def concatenate(parts: Sequence[Factors], weights: Sequence[float], dtype: torch.dtype = torch.float32) -> Factors:
     """The exact weighted sum of low-rank updates, as one of rank sum(r).
 
-    sum_i w_i * s_i * B_i @ A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] @ [A_1; A_2; ...], in fp32.
+    sum_i w_i * s_i * B_i @ A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] @ [A_1; A_2; ...], in `dtype`.
 
     Errors: UserError when there are no parts or their shapes differ.
 
@@ -126,8 +127,8 @@ def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
         raise UserError("nothing to add up: give at least one low-rank update")
     if len({p.shape for p in parts}) > 1:
         raise UserError(f"updates of different shapes: {[list(p.shape) for p in parts]}")
-    b = [p.b.float() * (w * p.scaling) for p, w in zip(parts, weights, strict=True)]
-    return Factors(torch.cat([p.a.float() for p in parts], dim=-2), torch.cat(b, dim=-1), form=parts[0].form)
+    b = [p.b.to(dtype) * (w * p.scaling) for p, w in zip(parts, weights, strict=True)]
+    return Factors(torch.cat([p.a.to(dtype) for p in parts], dim=-2), torch.cat(b, dim=-1), form=parts[0].form)
 
 
 def spectrum(update: Factors | Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Merged:
         """The merged update of one module, of `shapes[module]`, computed in `dtype`."""
         parts = self.parts(module)
         if self._stays_low_rank(parts):
-            return self.factors(module).delta(dtype)
+            return self.factors(module, dtype).delta(dtype)
         shape, device = self.shapes[module], next((p.a.device for p in parts if isinstance(p, Factors)), None)
         merge = self._method(module)
         if not self._stacked(parts):
@@ -51,7 +51,7 @@ class Merged:
         matrices = [_expert(parts, e) for e in range(shape[0])]
         return torch.stack([merge(lambda i, m=m: zero if (p := m[i]) is None else p.delta(dtype)) for m in matrices])
 
-    def factors(self, module: str) -> Factors:
+    def factors(self, module: str, dtype: torch.dtype = torch.float32) -> Factors:
         """The merged update of one module as exact factors of rank sum(r). UserError where it is not low-rank."""
         parts = self.parts(module)
         if not self._stays_low_rank(parts):
@@ -60,7 +60,8 @@ class Merged:
             weights = check_weights(self.weights_of(module), len(parts))
             scale = for_module(self.scale, module) / sum(weights)
             have = [(p, w * scale) for p, w in zip(parts, weights, strict=True) if isinstance(p, Factors)]
-            return replace(concatenate([p for p, _ in have], [w for _, w in have]), form=self.forms[module])
+            both = concatenate([p for p, _ in have], [w for _, w in have], dtype)
+            return replace(both, form=self.forms[module])
         merge = self._method(module)
         if not self._stacked(parts):
             return _aligned(self.space, parts, merge)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mot_lora.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from mot_lora.adapters import WEIGHTS_FILE
 from mot_lora.errors import UserError
+from mot_lora.kinds import CONFIG_FILE, PREFIX
 from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, inner, truncate
 from mot_lora.merged import Merged, method_name
 from mot_lora.progress import Progress, silent
@@ -82,7 +83,8 @@ def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress 
                 tensors[f"{PREFIX}{module.removesuffix('.bias')}.lora_B.bias"] = delta
             else:
                 origin = _origin(adapter, module)
-                tensors[PREFIX + origin.name] = origin.read(torch.float32) + delta
+                copy = origin.read(torch.float32) + delta
+                tensors[PREFIX + origin.name] = copy.T.contiguous() if origin.transposed else copy
                 saved.append(origin.name.rpartition(".")[0])
         else:
             exact, lost[module], norms[module] = _low_rank(adapter, module, update, rank)

@@ -59,7 +59,7 @@ def _read(source: Any) -> Adapter:
     from mot_lora.live import adapter_from_peft  # peft takes seconds to load
 
     model, name = source if isinstance(source, tuple) else (source, None)
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "get_base_model"):
         raise UserError(f"{type(model).__name__} is no adapter: give a folder, a Hub name, an Adapter or a PeftModel")
     return adapter_from_peft(model, name)
 

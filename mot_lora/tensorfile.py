@@ -96,7 +96,10 @@ class TensorFile:
         entry = self.entries[name]
         at = entry.start
         while at < entry.end:
-            at += os.sendfile(to, self._fd, at, entry.end - at)
+            count = os.sendfile(to, self._fd, at, entry.end - at)
+            if not count:
+                raise UserError(f"{self.path}: {name} is cut off; the file was shortened while it was read")
+            at += count
 
 
 def write_tensors(

@@ -1,7 +1,9 @@
 """Small real students, real PEFT adapters and real configs, made once a session."""
 
 import copy
+import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +37,8 @@ from transformers import (
 )
 
 from mot_lora.config import Config, demo_path, parse_config
+from mot_lora.lowrank import Adapter, Factors
+from mot_lora.merged import Merged, combine
 
 torch.set_num_threads(1)
 
@@ -106,7 +110,9 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "untied": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=8, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE, tie_word_embeddings=True)),  # q, k, v have biases
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        )
     ),
     "moe": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
@@ -162,11 +168,43 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return {k: v for shard in sorted(folder.glob("*.safetensors")) for k, v in load_file(shard).items()}
 
 
+def true_updates(folder: Path) -> dict[str, Tensor]:
+    """alpha/r * B @ A of a plain LoRA folder in fp64, by module, without the package."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): config["lora_alpha"]
+        / config["r"]
+        * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())
+        for key, a in tensors.items()
+        if key.endswith("lora_A.weight")
+    }
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+def small_update(path: Path, size: float, seed: int) -> Merged:
+    """A rank-4 update of every linear layer with |D|/|W| = size in each."""
+    generator = torch.Generator().manual_seed(seed)
+    factors: dict[str, Factors] = {}
+    for name, weight in stored(path).items():
+        if "_proj" in name:
+            a = torch.randn(4, weight.shape[1], generator=generator)
+            b = torch.randn(weight.shape[0], 4, generator=generator)
+            norm = (b @ a).norm()
+            factors[name.removesuffix(".weight")] = Factors(a, b * (size * weight.float().norm() / norm))
+    return combine([Adapter(f"update{seed}", factors)])
+
+
 def peft_adapter(base: Path, out: Path, seed: int, **settings: Any) -> Tensor:
     """Save a PEFT adapter of a tiny base, everything that it trains moved at random, and return its logits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's advice on tied weights, and what it saves
-        model = get_peft_model(fresh(base), LoraConfig(**{"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM", **settings}))
+        model = get_peft_model(
+            fresh(base), LoraConfig(**{"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM", **settings})
+        )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in model.parameters():
@@ -191,6 +229,24 @@ def peft_model(base: Path | PreTrainedModel, **folders: Path) -> PeftModel:
 def change_config(folder: Path, **changes: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = stored(folder)
+    change(tensors)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def dense(adapter: Adapter) -> dict[str, Tensor]:
+    """The updates of a plain LoRA by module, multiplied in fp64 here."""
+    return {m: f.scaling * (f.b.double() @ f.a.double()) for m, f in adapter.updates.items() if isinstance(f, Factors)}
+
+
+def share_lost(full: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> float:
+    """|D - D'| / |D| over all modules together."""
+    assert full.keys() == small.keys()
+    lost = sum(float((full[m].double() - small[m].double()).square().sum()) for m in full)
+    return math.sqrt(lost / sum(float(d.double().square().sum()) for d in full.values()))
 
 
 def files_of(folder: Path) -> Mapping[str, bytes]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_base import stored, true_updates
+from conftest import stored, true_updates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mot_lora import UserError, export, run

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import stored, true_updates
 from peft import PeftModel
-from test_base import linear_layers, requantized, stored, true_updates
+from test_base import linear_layers, requantized
 
 from mot_lora import UserError, branch, run
 from mot_lora import evaluate as evaluation
