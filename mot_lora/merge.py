@@ -85,9 +85,10 @@ def elected_mean(deltas: Iterable[Tensor], weights: Sequence[float], voices: Seq
     if not sums:
         raise UserError("nothing to merge: give at least one update")
     plus = elect_sign([balance] if voices else sums)
-    total = torch.where(plus, sums[0], sums[1])
-    vote = torch.where(plus, votes[0], votes[1]).abs_()
-    return total.div_(vote.masked_fill_(vote == 0, 1.0))
+    minus = ~plus  # products with masks are several times faster than `where`
+    total = sums[0].mul_(plus).add_(sums[1].mul_(minus))
+    vote = votes[0].mul_(plus).sub_(votes[1].mul_(minus))
+    return total.div_(vote.add_(vote == 0))
 
 
 # --- the methods ---------------------------------------------------------------------------------

@@ -135,10 +135,11 @@ def _low_rank(
 ) -> tuple[Factors, float, float]:
     """The update as factors, the share that was lost, and its |D|^2."""
     if isinstance(update, Factors):
-        norm_sq = inner(update, update)
         if rank is None or rank >= update.rank:
-            return update, 0.0, norm_sq
-        return *truncate(update, rank), norm_sq
+            return update, 0.0, inner(update, update)
+        small, lost = truncate(update, rank)
+        kept = inner(small, small)
+        return small, lost, kept / (1 - lost**2) if kept else inner(update, update)
     if rank is None:
         what = method_name(adapter.method) if isinstance(adapter, Merged) else "DoRA"
         ranks = [p.rank for p in adapter.parts(module) if isinstance(p, Factors)] if isinstance(adapter, Merged) else []

@@ -44,8 +44,9 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
         first, last = int(at - spread), int(at + spread)
         high = sample[first] if at > spread else sample.new_tensor(torch.inf)
         low = sample[last] if last < len(sample) else sample.new_tensor(-torch.inf)
-        within = values[(values >= low) & (values <= high)]
-        left = k - int(torch.count_nonzero(values > high))
+        above = values > high
+        left = k - int(torch.count_nonzero(above))
+        within = values[(values >= low).logical_xor_(above)]
         if 0 < left <= within.numel():
             values, k = within, left
     return values.kthvalue(values.numel() - k + 1).values
