@@ -43,10 +43,8 @@ def load_adapter(
     if not file.exists():
         raise UserError(f"{folder}: has no {WEIGHTS_FILE}; save the adapter again with safe_serialization=True")
     stored = TensorFile(file)
-    for key in stored.entries:
-        values = stored.read(key)
-        if not (values.float() if values.dtype.itemsize == 1 else values).isfinite().all():
-            raise UserError(f"{file}: {key} holds numbers that are not finite; train it again")
+    if bad := stored.not_finite():
+        raise UserError(f"{file}: {bad} holds numbers that are not finite; train it again")
 
     def opened() -> Base:
         said = base or config.get("base_model_name_or_path")

@@ -36,6 +36,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8
+RUN = 1 << 24  # bytes that are checked at once
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ class TensorFile:
 
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """A copy of one tensor, as it is stored."""
-        entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        return self._read(self.entries[name], name).view(self.entries[name].shape).to(device)
+
+    def _read(self, entry: Entry, name: str) -> Tensor:
+        tensor = torch.empty((entry.end - entry.start) // entry.dtype.itemsize, dtype=entry.dtype)
         left = _bytes(tensor)
         at = entry.start
         while len(left):  # one read takes at most 2 GiB
@@ -89,7 +92,20 @@ class TensorFile:
             if not count:
                 raise UserError(f"{self.path}: {name} is cut off; the file was shortened while it was read")
             left, at = left[count:], at + count
-        return tensor.to(device)
+        return tensor
+
+    def not_finite(self) -> str | None:
+        """The first tensor that holds an infinity or a NaN; None when none does."""
+        run: list[tuple[str, Entry]] = []  # small neighbours of one format are read together
+        for name, entry in [*sorted(self.entries.items(), key=lambda item: item[1].start), ("", None)]:
+            if run and (entry is None or entry.dtype != run[0][1].dtype or entry.end - run[0][1].start > RUN):
+                whole = Entry(run[0][1].dtype, (-1,), run[0][1].start, run[-1][1].end)
+                if not _is_finite(self._read(whole, "")):
+                    return next(n for n, e in run if not _is_finite(self._read(e, n)))
+                run = []
+            if entry is not None and entry.start < entry.end:
+                run.append((name, entry))
+        return None
 
     def copy(self, name: str, to: int) -> None:
         """Write one tensor's bytes where an open file stands."""
@@ -141,6 +157,11 @@ def write_tensors(
             left.discard(name)
     if left:
         raise ValueError(f"no tensor was given for {sorted(left)}")
+
+
+def _is_finite(values: Tensor) -> bool:
+    wide = values.float() if values.dtype.itemsize == 1 and values.is_floating_point() else values
+    return bool(wide.isfinite().all())
 
 
 def _bytes(tensor: Tensor) -> memoryview:
