@@ -187,9 +187,12 @@ def inspect(
 
     Example: mot-lora inspect a b c --base Qwen/Qwen3-0.6B --plot agreement.png
     """
+    from mot_lora.picture import check_picture, save_picture
+
+    if plot:
+        check_picture(plot)
     from mot_lora.display import inspect_tables, live, screen
     from mot_lora.inspection import inspect_adapters
-    from mot_lora.picture import save_picture
 
     console = screen(as_json)
     with live(console) as progress:

@@ -106,7 +106,7 @@ def inspect_tables(record: InspectRecord) -> list[Table]:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), min_width=len(title) + 2)
     for i, name in enumerate(columns):
         out.add_column(name, justify="right" if i else "left")
     return out

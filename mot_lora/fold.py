@@ -89,7 +89,10 @@ def _tensors(p: Placement, names: Sequence[str]) -> Iterator[tuple[str, Tensor |
             if name in here:
                 to, exact = p.dtype_of(name)
                 pieces = pieces or p.pieces(module, exact)
-                yield name, p.read(name).to(exact).add_(pieces[name]).to(to)
+                folded = p.read(name).to(exact).add_(pieces[name]).to(to)
+                if to == torch.float16 and not folded.isfinite().all():
+                    raise UserError(f"{name}: its numbers are too large for float16; write bfloat16 or float32")
+                yield name, folded
     for name in names:
         if name not in module_of:
             file = p.checkpoint.files.get(name)

@@ -25,7 +25,7 @@ REFUSED = {
     "arrow_config": "it routes between adapters",
     "kasa_config": "its base is changed by an SVD",
     "monteclora_config": "its weights are random",
-    "velora_config": "its inputs are projected",
+    "velora_config": "it holds a projection for training beside its factors",
 }
 # These start from factors taken out of the base, so that the update is not scaling * B @ A on the original weights.
 REFUSED_INITS = {"pissa", "olora", "corda", "loftq", "lora_ga"}

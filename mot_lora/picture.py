@@ -13,6 +13,7 @@ def save_picture(record: InspectRecord, path: str | Path) -> None:
     The format is that of the file's name: .png, .svg or .pdf. Errors: UserError for another, or a path that cannot be
     written.
     """
+    check_picture(path)
     from matplotlib.figure import Figure  # half a second to load, only where a picture is drawn
 
     figure: Any = Figure(figsize=(11, 7.5), layout="constrained")
@@ -60,8 +61,16 @@ def save_picture(record: InspectRecord, path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(Path(path), dpi=150)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: the picture cannot be written ({e}); name a .png, .svg or .pdf file") from e
+    except OSError as e:
+        raise UserError(f"{path}: the picture cannot be written: {e.strerror or e}") from e
+
+
+def check_picture(path: str | Path) -> None:
+    """UserError for a picture that is none of .png, .svg and .pdf, or whose folder is not there."""
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path}: name a .png, .svg or .pdf file for the picture")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{path}: its folder does not exist; make it first")
 
 
 def _short(layer: str) -> str:

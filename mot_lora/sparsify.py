@@ -39,11 +39,11 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     """
     n = values.numel()
     if n > SAMPLE:
-        sample = values[:: n // SAMPLE | 1].sort(descending=True).values
+        sample = values[:: n // SAMPLE | 1].contiguous()
         at, spread = k / n * len(sample), 4 * (k / n * (1 - k / n) * len(sample)) ** 0.5 + 1
         first, last = int(at - spread), int(at + spread)
-        high = sample[first] if at > spread else sample.new_tensor(torch.inf)
-        low = sample[last] if last < len(sample) else sample.new_tensor(-torch.inf)
+        high = sample.kthvalue(len(sample) - first).values if at > spread else sample.new_tensor(torch.inf)
+        low = sample.kthvalue(len(sample) - last).values if last < len(sample) else sample.new_tensor(-torch.inf)
         above = values > high
         left = k - int(torch.count_nonzero(above))
         within = values[(values >= low).logical_xor_(above)]

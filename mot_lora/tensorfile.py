@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -36,7 +36,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 8
-RUN = 1 << 24  # bytes that are checked at once
+RUN = 1 << 24  # bytes that are checked or copied at once
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,12 @@ class TensorFile:
                 run.append((name, entry))
         return None
 
-    def copy(self, name: str, to: int) -> None:
+    def copy(self, name: str, to: IO[bytes]) -> None:
         """Write one tensor's bytes where an open file stands."""
         entry = self.entries[name]
-        at = entry.start
-        while at < entry.end:
-            count = os.sendfile(to, self._fd, at, entry.end - at)
-            if not count:
-                raise UserError(f"{self.path}: {name} is cut off; the file was shortened while it was read")
-            at += count
+        for start in range(entry.start, entry.end, RUN):
+            part = Entry(torch.uint8, (-1,), start, min(start + RUN, entry.end))
+            _write(to, self._read(part, name))
 
 
 def write_tensors(
@@ -146,14 +143,12 @@ def write_tensors(
             start, _ = header[name]["data_offsets"]
             file.seek(8 + len(text) + start)
             if isinstance(tensor, TensorFile):
-                tensor.copy(name, file.fileno())
+                tensor.copy(name, file)
             else:
                 data = tensor.detach().to("cpu").contiguous()
                 if (CODES[data.dtype], list(data.shape)) != (header[name]["dtype"], header[name]["shape"]):
                     raise ValueError(f"{name} is {data.dtype} {list(data.shape)}, not what was announced")
-                rest = _bytes(data)
-                while len(rest):  # one write takes at most 2 GiB
-                    rest = rest[file.write(rest) :]
+                _write(file, data)
             left.discard(name)
     if left:
         raise ValueError(f"no tensor was given for {sorted(left)}")
@@ -162,6 +157,12 @@ def write_tensors(
 def _is_finite(values: Tensor) -> bool:
     wide = values.float() if values.dtype.itemsize == 1 and values.is_floating_point() else values
     return bool(wide.isfinite().all())
+
+
+def _write(file: IO[bytes], tensor: Tensor) -> None:
+    rest = _bytes(tensor)
+    while len(rest):  # one write takes at most 2 GiB
+        rest = rest[file.write(rest) :]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

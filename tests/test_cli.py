@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import stored
 
 import mot_lora
 from mot_lora.cli import main
@@ -174,10 +175,129 @@ def test_usage_mistakes_are_one_line_too(call: Any, config_file: Path) -> None:
     assert "frobnicate" in refused(call("frobnicate"))
 
 
+@pytest.fixture
+def adapters(qwen3: Path, make_adapter: Any) -> list[Path]:
+    """Three adapters of different ranks and modules."""
+    settings: list[dict[str, Any]] = [{"r": 2}, {"r": 4, "use_rslora": True}, {"target_modules": ["q_proj", "up_proj"]}]
+    return [make_adapter(qwen3, name, seed=i, **settings[i]) for i, name in enumerate("abc")]
+
+
+def json_of(result: tuple[int, str, str]) -> dict[str, Any]:
+    status, out, err = result
+    assert status == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_merge_writes_what_python_would(call: Any, adapters: list[Path], tmp_path: Path) -> None:
+    said = json_of(call("merge", *adapters, "--weights", "2,1,1", "--out", tmp_path / "mean", "--json"))
+    assert (said["lost"], said["rank"], said["ranks"]["model.layers.0.self_attn.q_proj"]) == (0, 10, 10)
+    merged, exact = mot_lora.load_adapter(tmp_path / "mean"), mot_lora.merge_adapters(adapters, weights=[2, 1, 1])
+    for module in exact.shapes:
+        torch.testing.assert_close(merged.updates[module].delta(), exact.delta(module))
+
+    settings = ["--method", "ties", "--density", "q_proj=0.3,.*=0.5", "--scale", "2", "--rank", "3"]
+    said = json_of(call("merge", *adapters, *settings, "--out", tmp_path / "ties", "--json"))
+    dense = mot_lora.merge_adapters(adapters, "ties", density={"q_proj": 0.3, ".*": 0.5}, scale=2)
+    copy = mot_lora.load_adapter(tmp_path / "ties")
+    apart = {m: float((copy.updates[m].delta() - d).norm() / d.norm()) for m, d in dense}
+    assert said["modules"] == pytest.approx(apart, rel=1e-3)
+    assert max(apart.values()) > said["lost"] > min(apart.values()) > 0.01
+
+    # the same from a file, where options count more; told as a table
+    (tmp_path / "spec.yaml").write_text("method: ties\ndensity: {q_proj: 0.3, .*: 0.5}\nscale: 9")
+    options = ["--spec", tmp_path / "spec.yaml", "--scale", "2", "--rank", "3", "--out", tmp_path / "spec"]
+    status, out, _ = call("merge", *adapters, *options)
+    assert status == 0
+    assert f"{said['lost']:.2%} of the merge lost" in out
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("ties", "spec")]
+    assert files[0] == files[1]
+
+
+def test_fold_writes_a_model_and_checks_it(call: Any, adapters: list[Path], qwen3: Path, tmp_path: Path) -> None:
+    settings = ["--method", "dare_ties", "--density", "0.5", "--seed", "7", "--dtype", "float32"]
+    said = json_of(call("fold", qwen3, *adapters, *settings, "--out", tmp_path / "out", "--verify", "--json"))
+    merged = mot_lora.merge_adapters(adapters, "dare_ties", density=0.5, seed=7)
+    assert said["modules"] == len(merged.shapes) == len(said["verified"]["tensors"])
+    assert all(t["error"] <= 1.01 for t in said["verified"]["tensors"].values())
+    mot_lora.verify_checkpoint(qwen3, merged, tmp_path / "out", torch.float32)
+    other = mot_lora.merge_adapters(adapters, "dare_ties", density=0.5, seed=8)
+    with pytest.raises(mot_lora.UserError, match="units of rounding"):
+        mot_lora.verify_checkpoint(qwen3, other, tmp_path / "out", torch.float32)
+    status, out, _ = call("fold", qwen3, *adapters, "--out", tmp_path / "table", "--verify")
+    assert status == 0
+    assert "the base's own" in out
+    assert f"modules of {qwen3} updated" in out
+
+
+def test_inspect_tells_and_draws(call: Any, adapters: list[Path], qwen3: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "agreement.png"
+    said = json_of(call("inspect", *adapters, "--base", qwen3, "--plot", picture, "--json"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    read = [mot_lora.load_adapter(a) for a in adapters]
+    dense = [torch.cat([u.delta(torch.float64).flatten() for _, u in sorted(a.updates.items())]) for a in read[:2]]
+    assert [a["name"] for a in said["adapters"]] == ["a", "b", "c"]
+    assert [a["norm"] for a in said["adapters"][:2]] == pytest.approx([float(d.norm()) for d in dense])
+    cosine = float(dense[0] @ dense[1] / dense[0].norm() / dense[1].norm())
+    assert said["overall"]["cosine"][0][1] == pytest.approx(cosine, abs=1e-6)
+    weights = torch.cat([stored(qwen3)[f"{m}.weight"].double().flatten() for m in sorted(read[0].updates)])
+    assert said["adapters"][0]["relative_norm"] == pytest.approx(float(dense[0].norm() / weights.norm()))
+    merged = mot_lora.merge_adapters(adapters)
+    lost_sq = sum(float(torch.linalg.svdvals(d.double())[4:].square().sum()) for _, d in merged)
+    total_sq = sum(float(d.double().square().sum()) for _, d in merged)
+    assert said["lost"]["4"] == pytest.approx((lost_sq / total_sq) ** 0.5)
+    conflicts = entries = 0
+    for module in merged.shapes:
+        signs = torch.stack([a.updates[module].delta().sign() for a in read if module in a.updates])
+        conflicts += int((signs.amax(0) * signs.amin(0) < 0).sum())
+        entries += signs[0].numel()
+    assert said["overall"]["sign_conflict"] == pytest.approx(conflicts / entries)
+    assert set(said["layers"]) == {"model.layers.0", "model.layers.1"}
+
+    status, out, _ = call("inspect", adapters[0])
+    assert status == 0
+    assert all(words in out for words in ("cosine of the updates", "model.layers.1", "rank-r copy"))
+
+
+def test_mistakes_with_adapters_are_one_line(call: Any, adapters: list[Path], qwen3: Path, tmp_path: Path) -> None:
+    a, b, _ = adapters
+    out = ["--out", tmp_path / "out"]
+    for words, arguments in (
+        ("`ties` needs a `density`", ("merge", a, b, "--method", "ties", *out)),
+        ("give a rank", ("merge", a, b, "--method", "ties", "--density", "0.5", *out)),
+        ("density must be in (0, 1], not 2", ("merge", a, b, "--method", "ties", "--density", "2", *out)),
+        ("give a number, or PATTERN=NUMBER", ("merge", a, b, "--method", "ties", "--density", "half", *out)),
+        ("matches no module", ("merge", a, b, "--scale", "z_proj=2", *out)),
+        ("one number an adapter", ("merge", a, b, "--weights", "1;2", *out)),
+        ("3 weights for 2 adapters", ("merge", a, b, "--weights", "1,2,3", *out)),
+        ("unknown method `mean`", ("merge", a, b, "--method", "mean", *out)),
+        ("cannot be imported", ("merge", a, b, "--method", "nowhere:mean", *out)),
+        ("listed twice", ("merge", a, a, *out)),
+        ("rank must be at least 1", ("merge", a, b, "--rank", "0", *out)),
+        ("space", ("merge", a, b, "--space", "dual", *out)),
+        ("neither a folder here nor", ("merge", a, tmp_path / "absent", *out)),
+        ("not an adapter folder", ("merge", a, qwen3, *out)),
+        ("an adapter, not a model", ("fold", a, b, *out)),
+        ("exists", ("fold", qwen3, a, "--out", a)),
+        ("exists", ("merge", a, b, "--out", b)),
+        ("spec.yaml: cannot be read", ("merge", a, b, "--spec", tmp_path / "spec.yaml", *out)),
+        (".png, .svg or .pdf", ("inspect", a, "--plot", tmp_path / "picture.txt")),
+        ("--out", ("fold", qwen3, a)),
+    ):
+        assert words in refused(call(*arguments)), arguments
+        assert not (tmp_path / "out").exists()
+
+
 def test_help_names_every_argument(call: Any) -> None:
     for name, words in (
         ("run", ("config", "overrides", "--json", "Example")),
         ("export", ("RUN", "--out", "--round", "--dtype")),
+        (
+            "merge",
+            ("ADAPTER", "--method", "--weights", "--density", "--scale", "--space", "--rank", "--spec", "Example"),
+        ),
+        ("fold", ("BASE", "ADAPTER", "--method", "--seed", "--dtype", "--verify", "Example")),
+        ("inspect", ("ADAPTER", "--base", "--plot", "--json", "Example")),
     ):
         status, out, err = call(name, "--help")
         assert (status, err) == (0, "")

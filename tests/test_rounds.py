@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from test_base import linear_layers, requantized
 from mot_lora import UserError, branch, run
 from mot_lora import evaluate as evaluation
 from mot_lora.base import read_weight
-from mot_lora.config import Config
+from mot_lora.config import Config, MergeConfig
 from mot_lora.data import Example, collate
 from mot_lora.records import Answer, EvaluationRecord, RoundRecord, RunRecord, TrainRecord
 from mot_lora.rounds import Evaluate
@@ -144,12 +144,16 @@ def test_the_saved_evaluation_is_that_of_the_branch_and_of_the_student(make_conf
         {"merge": {"method": "ties", "density": 0.5}},
         {"merge": {"method": "dare_linear", "density": 0.5}},
         {"merge": {"method": "dare_ties", "density": 0.5, "weights": [2, 1]}, "quantization": "int8"},
+        {"merge": {"method": "ties", "density": {"q_proj": 0.3, ".*": 0.6}, "scale": {"mlp.*": 2}, "space": "core"}},
+        {"merge": {"method": "statistics_of_tests:median", "weights": [{"q_proj": 2, ".*": 1}, 1]}},
         {"quantization": "none", "eval": {"branches": False, "holdout": 0.2}},
     ],
 )
 def test_every_method_and_quantization_runs_and_resumes_to_the_same_student(
-    make_config: MakeConfig, changes: dict[str, Any], tmp_path: Path
+    make_config: MakeConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "statistics_of_tests.py").write_text("def median(deltas, weights): return deltas.median(0).values")
+    monkeypatch.syspath_prepend(str(tmp_path))
     whole, parts = (make_config(output=str(tmp_path / name), **changes) for name in ("whole", "parts"))
     record = run(whole)
     assert all(r.fold.relative_norm > 0.01 for r in record.rounds)
@@ -157,7 +161,25 @@ def test_every_method_and_quantization_runs_and_resumes_to_the_same_student(
     run(parts)
     assert same_run(tmp_path / "whole", tmp_path / "parts")
     merge = changes.get("merge", {})
-    assert {(r.method, r.density) for r in record.rounds} == {(merge.get("method", "linear"), merge.get("density"))}
+    assert [(r.method, r.density) for r in record.rounds] == 2 * [(merge.get("method", "linear"), merge.get("density"))]
+
+
+def largest(deltas: torch.Tensor, _weights: Sequence[float]) -> torch.Tensor:
+    """The entry of the update that is largest there."""
+    return deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0]
+
+
+def test_a_function_of_ones_own_merges_a_run_and_its_export(make_config: MakeConfig, qwen3: Path) -> None:
+    config = make_config(rounds=1, quantization="none")
+    config = config.model_copy(update={"merge": MergeConfig(method=cast("Any", largest))})
+    spied = Spied()
+    record = run(config, evaluate=spied.evaluate)
+    assert record.rounds[0].method == f"{__name__}:largest"
+    a, b = (true_updates(Path(config.output) / "round-001" / t) for t in "ab")
+    base = stored(qwen3)
+    for n, weight in spied.measured[1].items():
+        want = base[f"{n}.weight"].double() + largest(torch.stack([a[n], b[n]]), [1, 1])
+        torch.testing.assert_close(weight.double(), want, rtol=1e-6, atol=1e-7)
 
 
 def test_one_teacher_is_plain_distillation(make_config: MakeConfig, qwen3: Path) -> None:
