@@ -60,7 +60,8 @@ def test_run_and_export_print_one_json_object(config_file: Path, tmp_path: Path)
 
 def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(config_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    arguments = [COMMAND, "run", str(config_file), f"output={output}"]
+    # a branch long enough that the signal finds it at work
+    arguments = [COMMAND, "run", str(config_file), f"output={output}", "branch.steps=100"]
     with subprocess.Popen(
         [*arguments, "rounds=50"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -74,7 +75,7 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(config_file: Path, t
     branch = output / "round-001" / "a"
     before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in branch.iterdir()}
     assert "adapter_model.safetensors" in {f.name for f in before}
-    done = command("run", config_file, f"output={output}")
+    done = command(*arguments[1:])
     assert (done.returncode, done.stderr) == (0, "")
     assert "round 1, b, train" in done.stdout
     assert "round 1, a, train" not in done.stdout
