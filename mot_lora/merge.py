@@ -139,8 +139,7 @@ def dare_linear(
     tensor([[1.]])
     """
     d, w = _prepare(deltas, weights)
-    kept = (drop(x, density, g) for x, g in zip(d, _one_each(generator, len(d)), strict=True))
-    return scale * weighted_mean(kept, w)
+    return scale * weighted_mean(_dropped(d, density, generator), w)
 
 
 def dare_ties(
@@ -159,8 +158,7 @@ def dare_ties(
     tensor([[-4.]])
     """
     d, w = _prepare(deltas, weights)
-    kept = (drop(x, density, g) for x, g in zip(d, _one_each(generator, len(d)), strict=True))
-    return scale * elected_mean(kept, w)
+    return scale * elected_mean(_dropped(d, density, generator), w)
 
 
 def della(
@@ -246,6 +244,10 @@ METHODS: dict[str, Method] = {
     "sce": sce,
 }
 NEEDS_DENSITY = frozenset(METHODS) - {"linear"}
+
+
+def _dropped(deltas: Deltas, density: float, generator: Generators) -> Iterable[Tensor]:
+    return (drop(x, density, g) for x, g in zip(deltas, _one_each(generator, len(deltas)), strict=True))
 
 
 def _one_each(generator: Generators, n: int) -> Sequence[torch.Generator]:

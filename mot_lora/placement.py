@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.errors import UserError
-from mot_lora.kinds import ends, is_target, is_within
 from mot_lora.layout import Layout
 from mot_lora.lowrank import Adapter
 from mot_lora.merged import Merged
+from mot_lora.targets import ends, is_target, is_within
 from mot_lora.tensorfile import Entry
 
 HEAD = "lm_head"

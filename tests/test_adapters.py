@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mot_lora import UserError, adapter_from_peft, fold_checkpoint, load_adapter, merge_adapters, save_adapter
 from mot_lora.adapters import WEIGHTS_FILE
-from mot_lora.kinds import CONFIG_FILE, REFUSED, REFUSED_INITS
+from mot_lora.kinds import CONFIG_FILE
 from mot_lora.lowrank import Adapter, Factors
+from mot_lora.targets import REFUSED, REFUSED_INITS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpha = r": {"r": 4, "lora_alpha": 4},
