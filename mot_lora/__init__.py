@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mot_lora.adapters import load_adapter
-    from mot_lora.config import Config, load_config
+    from mot_lora.config import Config
     from mot_lora.errors import UserError
     from mot_lora.export import export
     from mot_lora.fold import fold_checkpoint
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mot_lora.merge import METHODS, dare_linear, dare_ties, della, linear, sce, ties
     from mot_lora.merged import Merged
     from mot_lora.pack import save_adapter
+    from mot_lora.reader import load_config
     from mot_lora.records import EvaluationRecord, InspectRecord, RunRecord, SaveRecord, TrainRecord, VerifyRecord
     from mot_lora.rounds import run
     from mot_lora.sources import merge_adapters
@@ -26,7 +27,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 _ROOMS = {
     "adapters": ("load_adapter",),
-    "config": ("Config", "load_config"),
+    "config": ("Config",),
+    "reader": ("load_config",),
     "errors": ("UserError",),
     "export": ("export",),
     "fold": ("fold_checkpoint",),

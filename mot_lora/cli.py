@@ -34,7 +34,7 @@ def run(
 
     Example: mot-lora run recipes/quickstart.yaml rounds=2 output=runs/two
     """
-    from mot_lora.config import load_config
+    from mot_lora.reader import load_config
 
     settings = load_config(config, overrides or [])  # a mistake is told before torch is loaded
     from mot_lora.display import live, screen, table
@@ -216,7 +216,7 @@ def _merge_settings(
     scale: str | None,
     space: str | None,
 ) -> dict[str, Any]:
-    from mot_lora.config import load_merge
+    from mot_lora.reader import load_merge
 
     try:
         numbers = None if weights is None else tuple(float(w) for w in weights.split(","))

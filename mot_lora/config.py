@@ -1,28 +1,20 @@
 """What a run is asked to do: frozen settings, and the one reader of YAML."""
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, cast
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from mot_lora.errors import UserError
-
 MERGE_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "della", "sce")
-DEMO = "demo:"  # student: demo:student is the student that the package carries
 
 
 class Settings(BaseModel):
@@ -64,9 +56,6 @@ def for_module(setting: PerModule, module: str, default: float = 1.0) -> float:
         return setting
     key = first_match(setting, module)
     return default if key is None else setting[key]
-
-
-S = TypeVar("S", bound=Settings)
 
 
 class TeacherConfig(Settings):
@@ -258,148 +247,3 @@ class Config(Settings):
         if self.stop.metric != "auto":
             return self.stop.metric
         return "accuracy" if self.eval.data else "loss"
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config; `overrides` are `key=value`, with dots for inner keys and YAML values.
-
-    Relative paths of what is read are taken from the file's folder, in overrides from the working folder; so is
-    `output`, always. `demo:NAME` is a file of the package.
-
-    Errors: UserError, one line that names the file and the key.
-
-    >>> load_config("recipes/quickstart.yaml", ["rounds=2"]).rounds  # doctest: +SKIP
-    2
-    """
-    path = Path(path)
-    tree = _rebase(_read_tree(path), path.parent, str(path))
-    for override in overrides:
-        key, eq, value = override.partition("=")
-        if not eq or not key:
-            raise UserError(f"override `{override}` is not key=value, e.g. rounds=2 or branch.steps=20")
-        node: Any = tree
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = cast("dict[str, Any]", node).setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"override `{override}`: `{parent}` has no inner keys")
-        try:
-            node[last] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as e:
-            raise UserError(f"override `{override}`: the value is not YAML") from e
-    # what the file says is absolute by now, or a Hub name, which a folder here must not shadow
-    given = {o.split("=")[0].split(".")[0] for o in overrides}
-    rebased = _rebase({k: v for k, v in tree.items() if k in given}, Path(), str(path))
-    return parse_config({**tree, **rebased}, str(path))
-
-
-def parse_config(tree: Any, source: str) -> Config:
-    """Check a tree of settings; every error names `source` and the key, and the nearest right one."""
-    return _parse(Config, tree, source)
-
-
-def load_merge(path: str | Path | None = None, **settings: Any) -> MergeConfig:
-    """A merge spec from a YAML file, the `merge:` part of a config alone, and settings that replace the file's.
-
-    A setting of text is a number, or `PATTERN=NUMBER,PATTERN=NUMBER,...` by module. None is left out.
-
-    Errors: UserError, one line that names the file or the option.
-
-    >>> load_merge(method="ties", density="mlp.*=0.3,.*=0.5").density
-    {'mlp.*': 0.3, '.*': 0.5}
-    """
-    tree = {} if path is None else _read_tree(Path(path))
-    for key, value in settings.items():
-        if value is not None:
-            tree[key] = _per_module(key, value) if key in ("density", "scale") else value
-    return _parse(MergeConfig, tree, "merge" if path is None else str(path))
-
-
-def _per_module(key: str, text: Any) -> PerModule:
-    if not isinstance(text, str):
-        return text
-    try:
-        if "=" not in text:
-            return float(text)
-        pairs = [item.rpartition("=") for item in text.split(",")]
-        return {pattern: float(number) for pattern, _, number in pairs}
-    except ValueError as e:
-        raise UserError(f"{key} {text!r}: give a number, or PATTERN=NUMBER,PATTERN=NUMBER,...") from e
-
-
-def _parse(kind: type[S], tree: Any, source: str) -> S:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-        # of the branches of a union, the one that was meant
-        first = next((x for x in errors if "dict[str,float]" in x["loc"][:-1]), errors[0])
-        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]")]
-        loc = " ".join(".".join(map(str, keys)).split())  # one line, whatever the key
-        if first["type"] == "extra_forbidden":
-            known = _keys_beside(kind, first["loc"])
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known)}"
-            raise UserError(f"{source}: `{loc}` is not a setting; {hint}") from e
-        what = " ".join(first["msg"].removeprefix("Value error, ").split())
-        raise UserError(f"{source}: {f'`{loc}`: ' if loc else ''}{what[0].lower()}{what[1:]}") from e
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a config: it must hold `key: value` lines")
-    return cast("dict[str, Any]", tree)
-
-
-def demo_path(name: str = "") -> Path:
-    """The path of a file that the package carries, e.g. demo_path("student")."""
-    return Path(str(resources.files("mot_lora") / "demo" / name))
-
-
-def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
-    groups: dict[str, type[Settings]] = {
-        "teachers": TeacherConfig,
-        "branch": BranchConfig,
-        "lora": LoraConfig,
-        "merge": MergeConfig,
-        "eval": EvalConfig,
-        "stop": StopConfig,
-    }
-    group = groups.get(str(loc[0]), kind) if len(loc) > 1 else kind
-    return list(group.model_fields)
-
-
-def _rebase(tree: dict[str, Any], folder: Path, source: str) -> dict[str, Any]:
-    """Make the paths of a tree absolute; what does not exist as a file stays as it is (a Hub name)."""
-
-    def path(key: str, value: Any, must_be_file: bool = True) -> Any:
-        if isinstance(value, list):
-            return [x if isinstance(x, list) else path(key, x) for x in cast("list[Any]", value)]
-        if not isinstance(value, str):
-            return value
-        if value.startswith(DEMO):
-            return str(demo_path(value.removeprefix(DEMO)))
-        try:
-            file = (folder / Path(value).expanduser()).resolve()
-            return str(file) if must_be_file or file.exists() else value
-        except (OSError, ValueError, RuntimeError) as e:
-            raise UserError(f"{source}: `{key}`: {value!r} is not a usable path ({e})") from e
-
-    tree = dict(tree)
-    if "student" in tree:
-        tree["student"] = path("student", tree["student"], must_be_file=False)
-    teachers = tree.get("teachers")
-    if isinstance(teachers, list):
-        tree["teachers"] = [
-            {**t, "data": path("teachers.data", t["data"])} if isinstance(t, dict) and "data" in t else t
-            for t in cast("list[Any]", teachers)
-        ]
-    if isinstance(tree.get("eval"), dict) and "data" in tree["eval"]:
-        tree["eval"] = {**tree["eval"], "data": path("eval.data", tree["eval"]["data"])}
-    return tree

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mot_lora.config import Config, parse_config
+from mot_lora.config import Config
 from mot_lora.errors import UserError
+from mot_lora.reader import parse_config
 from mot_lora.records import BranchRecord, EvaluationRecord, Record, RoundRecord
 
 R = TypeVar("R", bound=Record)

@@ -36,9 +36,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mot_lora.config import Config, demo_path, parse_config
+from mot_lora.config import Config
 from mot_lora.lowrank import Adapter, Factors
 from mot_lora.merged import Merged, combine
+from mot_lora.reader import demo_path, parse_config
 
 torch.set_num_threads(1)
 

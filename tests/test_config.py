@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from pydantic import ValidationError
 
-from mot_lora.config import Config, demo_path, first_match, for_module, load_config, load_merge, parse_config
+from mot_lora.config import Config, first_match, for_module
 from mot_lora.errors import UserError
+from mot_lora.reader import demo_path, load_config, load_merge, parse_config
 
 MINIMAL: dict[str, Any] = {"student": "Qwen/Qwen3-0.6B", "teachers": [{"name": "a", "data": "a.jsonl"}]}
 FULL: dict[str, Any] = {

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mot_lora import UserError
-from mot_lora.config import demo_path
 from mot_lora.data import (
     Example,
     Question,
@@ -24,6 +23,7 @@ from mot_lora.data import (
     read_traces,
 )
 from mot_lora.loss import IGNORE
+from mot_lora.reader import demo_path
 
 
 @pytest.fixture(scope="module")

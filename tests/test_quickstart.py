@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mot_lora.config import load_config
+from mot_lora.reader import load_config
 from mot_lora.rounds import run
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"

@@ -312,7 +312,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mot_lora import run
-from mot_lora.config import parse_config
+from mot_lora.reader import parse_config
 import torch, yaml
 torch.set_num_threads(1)
 def progress(stage, done, total, note=""):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mot_lora import UserError
-from mot_lora.config import Config, parse_config
+from mot_lora.config import Config
+from mot_lora.reader import parse_config
 from mot_lora.records import BranchRecord, EvaluationRecord, TrainRecord
 from mot_lora.rundir import RunDir, staged, write_lines, write_record, write_text
 
