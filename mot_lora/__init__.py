@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mot_lora.adapters import load_adapter
     from mot_lora.config import Config
+    from mot_lora.display import live
     from mot_lora.errors import UserError
     from mot_lora.export import export
     from mot_lora.fold import fold_checkpoint
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from mot_lora.pack import save_adapter
     from mot_lora.reader import load_config
     from mot_lora.records import EvaluationRecord, InspectRecord, RunRecord, SaveRecord, TrainRecord, VerifyRecord
-    from mot_lora.rounds import run
+    from mot_lora.rounds import run, stages
     from mot_lora.sources import merge_adapters
+    from mot_lora.tables import table
     from mot_lora.verify import verify_checkpoint
 
 # On a CPU bitsandbytes suggests, while it is imported, a package that would fetch kernels from a hub at run time.
@@ -28,6 +30,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 _ROOMS = {
     "adapters": ("load_adapter",),
     "config": ("Config",),
+    "display": ("live",),
     "reader": ("load_config",),
     "errors": ("UserError",),
     "export": ("export",),
@@ -39,8 +42,9 @@ _ROOMS = {
     "merged": ("Merged",),
     "pack": ("save_adapter",),
     "records": ("EvaluationRecord", "InspectRecord", "RunRecord", "SaveRecord", "TrainRecord", "VerifyRecord"),
-    "rounds": ("run",),
+    "rounds": ("run", "stages"),
     "sources": ("merge_adapters",),
+    "tables": ("table",),
     "verify": ("verify_checkpoint",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
@@ -68,12 +72,15 @@ __all__ = [
     "fold_checkpoint",
     "inspect_adapters",
     "linear",
+    "live",
     "load_adapter",
     "load_config",
     "merge_adapters",
     "run",
     "save_adapter",
     "sce",
+    "stages",
+    "table",
     "ties",
     "verify_checkpoint",
 ]

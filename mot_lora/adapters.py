@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from mot_lora.checkpoint import Checkpoint, download
+from mot_lora.checkpoint import Checkpoint, locate
 from mot_lora.errors import UserError
 from mot_lora.kinds import CONFIG_FILE, Base, Source
 from mot_lora.layout import Layout
@@ -35,13 +35,14 @@ def load_adapter(
     >>> load_adapter("runs/demo/round-001/steps").name  # doctest: +SKIP
     'steps'
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = download(str(path), [CONFIG_FILE, WEIGHTS_FILE], "adapter")
+    folder = locate(path, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     config = _read_config(folder)
     file = folder / WEIGHTS_FILE
     if not file.exists():
-        raise UserError(f"{folder}: has no {WEIGHTS_FILE}; save the adapter again with safe_serialization=True")
+        raise UserError(
+            f"{folder}: has no {WEIGHTS_FILE}; convert a .bin by loading it in PEFT and "
+            "model.save_pretrained(new_folder, safe_serialization=True)"
+        )
     stored = TensorFile(file)
     if bad := stored.not_finite():
         raise UserError(f"{file}: {bad} holds numbers that are not finite; train it again")
@@ -62,7 +63,8 @@ def load_adapter(
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_FILE
     if not file.exists():
-        raise UserError(f"{path}: not an adapter folder: it has no {CONFIG_FILE}")
+        what = "a full model, not an adapter" if (path / "config.json").exists() else "not an adapter folder"
+        raise UserError(f"{path}: {what}: it has no {CONFIG_FILE}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

@@ -34,13 +34,15 @@ def tally(
         for j, y in enumerate(parts[: i + 1]):
             if x is not None and y is not None:
                 gram[i][j] = gram[j][i] = inner(x, y)
+    conflicts, opposed = _conflicts(parts)
     return Tally(
         entries=have[0].shape.numel(),
         base_sq=0.0 if base is None else _dot(base, base),
         update_sq=0.0 if update is None else _dot(update, update),
         kept=0.0 if update is None or change is None else _dot(change, update),
-        conflicts=_conflicts(have),
+        conflicts=conflicts,
         gram=tuple(map(tuple, gram)),
+        opposed=opposed,
     )
 
 
@@ -54,13 +56,19 @@ def layer_of(module: str) -> str:
     return found[0] if found else module
 
 
-def _conflicts(updates: Sequence[Update]) -> int:
-    """Entries on which the signs of two updates differ; one update in memory at a time."""
-    plus = minus = torch.zeros(())
-    for update in updates:
-        delta = update.delta()
-        plus, minus = (delta > 0).logical_or_(plus), (delta < 0).logical_or_(minus)
-    return int(torch.count_nonzero(plus & minus))
+def _conflicts(updates: Sequence[Update | None]) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """Entries on which the signs of any two updates differ, and those of every two; of each only its signs are kept."""
+    signs = [None if u is None else u.delta().sign().to(torch.int8) for u in updates]
+    opposed = [[0] * len(signs) for _ in signs]
+    plus = minus = torch.zeros((), dtype=torch.bool)
+    for i, x in enumerate(signs):
+        if x is None:
+            continue
+        plus, minus = (x > 0).logical_or_(plus), (x < 0).logical_or_(minus)
+        for j, y in enumerate(signs[:i]):
+            if y is not None:
+                opposed[i][j] = opposed[j][i] = int(torch.count_nonzero(x * y < 0))
+    return int(torch.count_nonzero(plus & minus)), tuple(map(tuple, opposed))
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from transformers.utils import logging as transformers_logging
 
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.errors import UserError
+from mot_lora.errors import UserError, is_out_of_memory
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.weights import read_weight, write_weight
@@ -24,11 +24,16 @@ from mot_lora.weights import read_weight, write_weight
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast for each int8 product
 
 
-def load_model(checkpoint: Checkpoint, quantization: str, device: torch.device) -> PreTrainedModel:
+def load_model(
+    checkpoint: Checkpoint, quantization: str, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The student in memory: linear layers in NF4 with double quantization, int8, or as they are; the rest in
-    bf16 on a GPU and fp32 on a CPU.
+    bf16 on a GPU that computes in it, else in fp32.
+
+    Errors: UserError when it does not fit.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if native else torch.float32
     config = None
     if quantization == "nf4":
         config = BitsAndBytesConfig(
@@ -41,9 +46,23 @@ def load_model(checkpoint: Checkpoint, quantization: str, device: torch.device) 
         config = BitsAndBytesConfig(load_in_8bit=True)
     with warnings.catch_warnings(), _without_bars():
         warnings.simplefilter("ignore", FutureWarning)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, quantization_config=config, dtype=dtype, device_map={"": device}
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path,
+                quantization_config=config,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            reason = " ".join(str(e).split())[:160]
+            raise UserError(
+                f"{checkpoint.name}: out of memory while it was loaded in {quantization} ({reason}); use nf4, or a "
+                "smaller student"
+            ) from e
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # its AVX512-BF16 path repacks the weight in place, after which it can be neither read nor trained through

@@ -5,6 +5,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,22 +15,25 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
 
+from mot_lora.chat import collate
 from mot_lora.config import BranchConfig, LoraConfig
-from mot_lora.data import Example, collate
-from mot_lora.errors import UserError
-from mot_lora.loss import batch_loss
+from mot_lora.errors import DivergedError, UserError, is_out_of_memory
+from mot_lora.interruption import INTERRUPTS, Shield
 from mot_lora.merge import seed_for
 from mot_lora.progress import Progress, silent
 from mot_lora.records import TrainRecord
+from mot_lora.rundir import Job
+from mot_lora.savepoint import newest
+from mot_lora.traces import Example
+from mot_lora.trainer import BranchTrainer, Track, Watch
 
 ADAPTER = "default"
 
@@ -53,7 +58,8 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
         try:
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as e:
-            raise UserError(f"lora.target_modules {targets!r}: {str(e).splitlines()[0]}") from e
+            has = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise UserError(f"lora.target_modules {targets!r} match no layer; the student has {', '.join(has)}") from e
     base: Any = peft_model.get_base_model()
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
@@ -61,6 +67,24 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
             if not isinstance(inner, nn.Linear) or inner.weight is base.get_input_embeddings().weight:
                 raise UserError(f"lora.target_modules {targets!r}: {name} is an embedding or tied to it; leave it out")
     return cast("PeftModel", peft_model)
+
+
+def check_targets(path: Path, lora: LoraConfig, trust_remote_code: bool = False) -> None:
+    """Put the adapter on a student without weights, to find targets that match nothing before any are read.
+
+    Errors: UserError as `add_adapter`, and for a model that transformers does not know.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            add_adapter(model, lora)
+    except UserError:
+        raise
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
+        hint = "" if trust_remote_code else "; code of its own runs only with trust_remote_code: true"
+        raise UserError(f"{path}: no causal language model that can be loaded ({_line(e)}){hint}") from e
 
 
 def reset_adapter(model: PeftModel, seed: int) -> None:
@@ -86,98 +110,112 @@ def train(
     settings: BranchConfig,
     *,
     seed: int,
+    job: Job | None = None,
     progress: Progress = silent,
 ) -> TrainRecord:
     """Train the model's adapter on the examples, in place, with a fresh optimizer and schedule.
 
     The loss of a step is the mean over all its trained tokens, - 1/n sum log p(token), in fp32 from chunked logits.
-    AdamW; `settings` has the rest. This is the seam `train=` of `run`: any function with these arguments can take its
-    place.
+    AdamW; `settings` has the rest. With a `job`, its state is kept there every `save_steps`, at the end and when a
+    signal comes, and training goes on from it: to the same adapter, byte for byte, as without a stop. This is the seam
+    `train=` of `run`: any function with these arguments can take its place.
+
+    Errors: DivergedError for a loss that is not finite or worse than guessing; UserError when memory runs out.
 
     >>> run(config, train=my_train)  # doctest: +SKIP
     """
     start = time.monotonic()
-    device = model.device
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with ExitStack() as stack:
+        folder = job.state if job else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=settings.steps or -1,
-            num_train_epochs=settings.epochs or 1,
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-            warmup_steps=settings.warmup,
-            max_grad_norm=settings.max_grad_norm,
-            weight_decay=settings.weight_decay,
-            seed=seed % 2**32,
-            use_cpu=device.type == "cpu",
-            save_strategy="no",
-            logging_steps=1,
-            logging_nan_inf_filter=False,  # it hides a loss that is not finite
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=device.type == "cuda",
-        )
+        found = newest(folder)
         if settings.activation_checkpointing:
             base: Any = model.get_base_model()
             # transformers 5.17 has only the older name
             getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+        shield = stack.enter_context(Shield())
         trainer = BranchTrainer(
             chunk=settings.loss_chunk,
             model=model,
-            args=arguments,
+            args=_arguments(settings, folder, seed, model.device),
             train_dataset=cast("Any", list(examples)),
             data_collator=lambda batch: collate(batch, cast("int", tokenizer.pad_token_id)),
-            callbacks=[_Watch(progress)],
         )
         trainer.remove_callback(PrinterCallback)  # progress has its seam
-        result = trainer.train()
-        model.eval()
-    if not math.isfinite(result.training_loss):
-        raise UserError(f"the loss became {result.training_loss}: lower branch.learning_rate, or raise branch.warmup")
+        watch = Watch(trainer, shield, progress, start, bound=math.log(model.config.vocab_size))
+        trainer.add_callback(watch)
+        if found:
+            trainer.trained_tokens, watch.seconds = found[1].tokens, found[1].seconds
+        if job:
+            for name in settings.report_to:
+                trainer.add_callback(Track(name, job))
+        try:
+            trainer.go_on(found[0] if found else None)
+            _check_finite(model)
+            if job:
+                trainer.keep()
+        except INTERRUPTS:
+            if job and watch.restore:
+                watch.restore()
+                trainer.keep()
+            raise
+        except RuntimeError as e:
+            if is_out_of_memory(e):
+                raise UserError(_out_of_memory(e, settings, examples)) from e
+            raise
+    model.eval()
+    losses = trainer.losses
     return TrainRecord(
-        steps=result.global_step,
+        steps=trainer.state.global_step,
         tokens=trainer.trained_tokens,
-        loss=result.training_loss,
-        seconds=time.monotonic() - start,
+        loss=sum(losses) / len(losses),
+        seconds=watch.spent,
+        losses=tuple(losses),
     )
 
 
-class BranchTrainer(Trainer):
-    """transformers' Trainer with the chunked loss; it counts the tokens that it trained on."""
+def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup,
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
+        seed=seed % 2**32,
+        use_cpu=device.type == "cpu",
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it hides a loss that is not finite
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
 
-    def __init__(self, *, chunk: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.chunk = chunk
-        self.trained_tokens = 0
-        # the Trainer then hands over the tokens of the whole step and leaves dividing by them to the loss
-        self.model_accepts_loss_kwargs = True
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,  # noqa: ARG002
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        loss, count = batch_loss(self.accelerator.unwrap_model(model).get_base_model(), inputs, self.chunk)
-        self.trained_tokens += count
-        assert num_items_in_batch is not None
-        return loss / num_items_in_batch
+def _check_finite(model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise DivergedError(f"{name} is not finite after the last step: lower its learning_rate")
 
 
-class _Watch(TrainerCallback):
-    """Hands each step on to the progress seam."""
+def _out_of_memory(error: Exception, settings: BranchConfig, examples: Sequence[Example]) -> str:
+    """What to lower, with the numbers that count."""
+    s = settings
+    longest = max(map(len, examples))
+    lower = [f"branch.batch_size {s.batch_size} (raise gradient_accumulation instead)"] if s.batch_size > 1 else []
+    lower += [] if s.activation_checkpointing else ["activation_checkpointing false (turn it on)"]
+    lower += [f"branch.max_length {s.max_length} (the longest trace has {longest} tokens)"]
+    lower += [f"branch.loss_chunk {s.loss_chunk}"] if s.loss_chunk > 256 else []
+    return f"out of memory ({' '.join(str(error).split())[:160]}); lower {', '.join(lower)}"
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.progress("train", 0, state.max_steps)
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        if logs and "loss" in logs:
-            self.progress("train", state.global_step, state.max_steps, f"loss {logs['loss']:.3f}")
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

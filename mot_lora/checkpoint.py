@@ -31,11 +31,9 @@ class Checkpoint:
     name: str
 
     @classmethod
-    def open(cls, name: str | Path) -> "Checkpoint":
-        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache."""
-        path = Path(name)
-        if not path.is_dir():
-            path = download(str(name), [*COMPANIONS, "*.safetensors"])
+    def open(cls, name: str | Path, trust_remote_code: bool = False) -> "Checkpoint":
+        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache; code if trusted."""
+        path = locate(name, [*COMPANIONS, "*.safetensors", *(["*.py"] if trust_remote_code else [])])
         if not (path / "config.json").exists():
             what = "an adapter, not a model" if (path / "adapter_config.json").exists() else "not a model folder"
             raise UserError(f"{name}: {what}: it has no config.json; give the folder or Hub name of the full model")
@@ -63,11 +61,16 @@ class Checkpoint:
         if (self.path / INDEX_FILE).exists():
             try:
                 index = json.loads((self.path / INDEX_FILE).read_text(encoding="utf-8"))
-                shards = sorted({self.path / file for file in index["weight_map"].values()})
+                shards = sorted({self.path / _plain(file) for file in index["weight_map"].values()})
+            except UserError:
+                raise
             except (ValueError, LookupError, TypeError, AttributeError) as e:
                 raise UserError(f"{self.path / INDEX_FILE}: damaged ({e!r}); download the model again") from e
         if not shards:
-            raise UserError(f"{self.path}: has no .safetensors; save it again with save_pretrained of transformers")
+            raise UserError(
+                f"{self.path}: its weights are not .safetensors; convert them: AutoModelForCausalLM.from_pretrained("
+                "folder).save_pretrained(new_folder)"
+            )
         return {name: file for file in map(TensorFile, shards) for name in file.entries}
 
     def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
@@ -85,6 +88,19 @@ class Checkpoint:
                 file.seek(max(8 + header, size - 2**20))
                 digest.update(file.read())
         return digest.hexdigest()[:16]
+
+
+def _plain(file: str) -> str:
+    """A file's name as an index may give it. Errors: UserError for one that leaves the folder."""
+    if Path(file).name != file or not file.endswith(".safetensors"):
+        raise UserError(f"{INDEX_FILE} names {file!r}, which is no .safetensors file of its folder")
+    return file
+
+
+def locate(name: str | Path, patterns: list[str], kind: str = "model") -> Path:
+    """A local folder, or that of a Hub repository, with its files that match the patterns downloaded."""
+    path = Path(name)
+    return path if path.is_dir() else download(str(name), patterns, kind)
 
 
 def download(name: str, patterns: list[str], kind: str = "model") -> Path:

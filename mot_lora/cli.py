@@ -2,14 +2,19 @@
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from mot_lora.errors import UserError
+from mot_lora.interruption import INTERRUPTS, signals_raise
+
+if TYPE_CHECKING:
+    from mot_lora.records import DataRecord
 
 INTERRUPTED = 130
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's UsageError, or that of Typer's own copy of click
@@ -22,12 +27,71 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
+ConfigFile = Annotated[Path, typer.Argument(help="a YAML config, e.g. recipes/quickstart.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings that replace the file's, e.g. rounds=2")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
+
+
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(help="the file to write; it must not exist")] = Path("mot.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Write a config to start from, with every setting and what it means.
+
+    Example: mot-lora init my.yaml
+    """
+    from importlib import resources
+
+    from mot_lora.errors import writing
+
+    if config.exists():
+        raise UserError(f"{config}: exists; name another file, nothing is overwritten")
+    with writing(config):
+        config.write_text(resources.files("mot_lora").joinpath("template.yaml").read_text("utf-8"), encoding="utf-8")
+    if as_json:
+        _print_json({"config": str(config)})
+    else:
+        print(f"{config}: name your student and teachers in it, then: mot-lora data {config}")
+
+
+@app.command()
+def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a run would train on: rows used, left out and why, tokens, and a sample with its trained part marked.
+
+    Example: mot-lora data my.yaml branch.max_length=8192
+    """
+    from mot_lora.reader import load_config
+
+    settings = load_config(config, overrides or [])
+    from mot_lora.chat import load_tokenizer
+    from mot_lora.checkpoint import COMPANIONS, locate
+    from mot_lora.data import load_data
+    from mot_lora.display import live, screen
+    from mot_lora.tables import data_tables
+
+    console = screen(as_json)
+    with live(console) as progress:
+        folder = locate(settings.student, list(COMPANIONS))
+        record = load_data(settings, load_tokenizer(folder, settings.trust_remote_code), progress).record
+    if as_json:
+        _print_json(record.model_dump(mode="json"))
+        return
+    for shown in data_tables(record):
+        console.print(shown)
+
+
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="a YAML config, e.g. recipes/quickstart.yaml")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="settings that replace the file's, e.g. rounds=2")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="begin anew, in a folder beside the one that is there")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="set damaged parts aside, with what was built on them, and do them again")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show nothing but the last line")] = False,
     as_json: Json = False,
 ) -> None:
     """Distill the teachers of a config into its student; the same command goes on where it stopped.
@@ -36,24 +100,90 @@ def run(
     """
     from mot_lora.reader import load_config
 
-    settings = load_config(config, overrides or [])  # a mistake is told before torch is loaded
-    from mot_lora.display import live, screen, table
-    from mot_lora.rounds import run as run_rounds
+    overrides = overrides or []
+    settings = load_config(config, overrides)  # a mistake is told before torch is loaded
+    if from_scratch:
+        from mot_lora.durable import beside
 
-    console = screen(as_json)
-    with live(console) as progress:
-        record = run_rounds(settings, progress=progress)
+        overrides = [o for o in overrides if not o.startswith("output=")] + [f"output={beside(Path(settings.output))}"]
+        settings = load_config(config, overrides)
+    from mot_lora.display import live, screen
+    from mot_lora.rounds import run as run_rounds
+    from mot_lora.rounds import stages
+    from mot_lora.tables import data_tables, table
+
+    console = screen(as_json, quiet)
+
+    def started(record: "DataRecord") -> None:
+        for shown in [] if quiet else data_tables(record):
+            console.print(shown)
+
+    try:
+        with live(console, stages(settings), quiet) as progress:
+            record = run_rounds(settings, progress=progress, repair=repair, started=started)
+    except INTERRUPTS as e:
+        again = shlex.join(["mot-lora", "run", str(config), *overrides])
+        _end(_status(e), f"stopped; nothing that was finished is lost, go on with: {again}")
     if as_json:
         _print_json({"run": settings.output, **record.model_dump(mode="json")})
         return
-    console.print(table(record))
-    console.print(f"{record.stopped}; best by {record.metric}: {f'round {record.best}' if record.best else 'none'}")
+    if not quiet:
+        console.print(table(record))
+        best = f"round {record.best}" if record.best else "none"
+        console.print(f"{record.stopped}; best by {record.metric}: {best}")
     console.print(f"run folder: {settings.output} (report.html is its picture)", soft_wrap=True, highlight=False)
 
 
 @app.command()
+def show(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Say where a run stands: what is finished, what can go on, who is at work on it.
+
+    Example: mot-lora show runs/quickstart
+    """
+    from mot_lora.display import screen
+    from mot_lora.ledger import read_run, read_state
+    from mot_lora.rundir import RunDir
+    from mot_lora.tables import table
+
+    rundir = RunDir(run_folder)
+    state, record = read_state(rundir), read_run(rundir)
+    if as_json:
+        run = record.model_dump(mode="json") if record else None
+        _print_json({"run_folder": str(run_folder), **state.model_dump(mode="json"), "run": run})
+        return
+    console = screen()
+    if record:
+        console.print(table(record))
+    console.print(f"{run_folder}: {state.line}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def report(
+    run_folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="the page to write; report.html in the run unless given")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's page: scores, losses, agreement of the teachers, answers, data, settings. It may be at work still.
+
+    Example: mot-lora report runs/quickstart --out quickstart.html
+    """
+    from mot_lora.durable import write_text
+    from mot_lora.ledger import read_page
+    from mot_lora.report import report as page_of
+    from mot_lora.rundir import RunDir
+
+    page = page_of(read_page(RunDir(run_folder)))
+    out = out or run_folder / "report.html"
+    write_text(out, page)
+    if as_json:
+        _print_json({"report": str(out)})
+    else:
+        print(out)
+
+
+@app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")],
+    run_folder: RunFolder,
     out: Annotated[Path, typer.Option(help="the folder to write; it must not exist")],
     round: Annotated[int | None, typer.Option(help="the round to export; the best one unless given")] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="what weights are rounded to")] = "bfloat16",
@@ -111,9 +241,10 @@ def merge(
     """
     settings = _merge_settings(spec, method, weights, density, scale, space)
     _check_new(out)
-    from mot_lora.display import live, save_table, screen
+    from mot_lora.display import live, screen
     from mot_lora.pack import save_adapter
     from mot_lora.sources import merge_adapters
+    from mot_lora.tables import save_table
 
     console = screen(as_json)
     merged = merge_adapters(adapters, **settings, seed=seed, base=base)
@@ -155,9 +286,10 @@ def fold(
     import torch
 
     from mot_lora.checkpoint import Checkpoint
-    from mot_lora.display import live, screen, verify_table
+    from mot_lora.display import live, screen
     from mot_lora.fold import fold_checkpoint
     from mot_lora.sources import merge_adapters
+    from mot_lora.tables import verify_table
     from mot_lora.verify import verify_checkpoint
 
     console = screen(as_json)
@@ -191,8 +323,9 @@ def inspect(
 
     if plot:
         check_picture(plot)
-    from mot_lora.display import inspect_tables, live, screen
+    from mot_lora.display import live, screen
     from mot_lora.inspection import inspect_adapters
+    from mot_lora.tables import inspect_tables
 
     console = screen(as_json)
     with live(console) as progress:
@@ -236,6 +369,10 @@ def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
+def _status(interrupt: BaseException) -> int:
+    return int(interrupt.code or 0) if isinstance(interrupt, SystemExit) else INTERRUPTED
+
+
 def _end(status: int, line: str) -> NoReturn:
     print(line, file=sys.stderr)
     raise SystemExit(status) from None
@@ -247,7 +384,8 @@ def main() -> None:
     # threads that wait by spinning make CPU work many times slower wherever something else runs beside it
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        with signals_raise():
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as e:
         _end(2, "error: " + " ".join(str(e).split()))
     except USAGE_ERROR as e:
@@ -255,7 +393,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
-        _end(INTERRUPTED, "stopped; the same command goes on from what is finished")
+        _end(INTERRUPTED, "stopped; nothing half-written is left")
     raise SystemExit(status or 0)
 
 

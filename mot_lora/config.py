@@ -58,14 +58,40 @@ def for_module(setting: PerModule, module: str, default: float = 1.0) -> float:
     return default if key is None else setting[key]
 
 
-class TeacherConfig(Settings):
-    """One teacher: `name` also names its folder; `data` is a JSONL file, or several that are joined."""
+Role = Literal["messages", "question", "reasoning", "answer", "gold", "system", "input_ids", "labels"]
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+
+class DataConfig(Settings):
+    """How a source of rows is read: `split` and `subset` of a dataset, and what its columns mean, where their names do
+    not say it: `columns: {reasoning: my_column}`.
+    """
+
+    split: str | None = None
+    subset: str | None = None
+    columns: dict[Role, str] = {}
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"`{name}` also names a folder: use letters, digits, - and _, beginning with no sign")
+    return name
+
+
+class TeacherConfig(DataConfig):
+    """One teacher: `name` also names its folder; `data` is a file, a folder or a Hub dataset, or several that are
+    joined. `samples` traces are drawn by `seed`. `verified_only` leaves out those whose final answer is not the row's.
+    `learning_rate` is this teacher's own, for a branch that would go astray with the others'.
+    """
+
+    name: Annotated[str, AfterValidator(_folder_name)]
     data: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    samples: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+    verified_only: bool = False
+    learning_rate: float | None = Field(default=None, gt=0)
 
     @property
-    def files(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[str, ...]:
         return (self.data,) if isinstance(self.data, str) else self.data
 
 
@@ -84,6 +110,13 @@ class BranchConfig(Settings):
     max_length: int = Field(default=4096, ge=2, description="tokens; a longer trace is left out, never cut")
     loss_chunk: int = Field(default=1024, ge=1, description="tokens whose logits are held at once")
     activation_checkpointing: bool = True
+    save_steps: int | None = Field(default=None, ge=1, description="steps between two states to go on from")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> object:
+        return (value,) if isinstance(value, str) else cast("object", value)
 
     @model_validator(mode="before")
     @classmethod
@@ -170,7 +203,7 @@ class MergeConfig(Settings):
         return self
 
 
-class EvalConfig(Settings):
+class EvalConfig(DataConfig):
     """What is measured after each round: answers to `data`, and the loss on traces held out of training."""
 
     data: str | None = None
@@ -182,6 +215,12 @@ class EvalConfig(Settings):
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
     top_p: float = Field(default=1.0, gt=0, le=1)
     holdout: float = Field(default=0.1, ge=0, lt=1, description="share of the questions whose traces no branch sees")
+    overlap: int = Field(
+        default=13,
+        ge=0,
+        description="a trace whose question shares so many words in a row with one of `data` is left out; 0 compares "
+        "whole questions",
+    )
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "EvalConfig":
@@ -208,7 +247,7 @@ class Config(Settings):
     """
 
     student: str
-    teachers: tuple[TeacherConfig, ...] = Field(min_length=1)
+    teachers: tuple[TeacherConfig, ...]
     rounds: int = Field(default=5, ge=1)
     branch: BranchConfig = BranchConfig()
     lora: LoraConfig = LoraConfig()
@@ -217,13 +256,16 @@ class Config(Settings):
     eval: EvalConfig = EvalConfig()
     stop: StopConfig = StopConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
     seed: int = 0
     output: str = "runs/run"
 
     @field_validator("teachers")
     @classmethod
     def _names_differ(cls, teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
-        names = [t.name for t in teachers]
+        if not teachers:
+            raise ValueError("needs at least one teacher: {name: ..., data: ...}")
+        names = [t.name.casefold() for t in teachers]  # some file systems do not tell case apart
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"teacher listed twice: {', '.join(sorted(twice))}")
         return teachers

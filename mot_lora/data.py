@@ -1,189 +1,213 @@
-"""Teachers' traces and evaluation questions, from JSONL to tokenized chat examples with a loss mask."""
+"""What a run reads: each teacher's traces, chosen and tokenized, and the questions of the evaluation."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import random
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from statistics import median
+from typing import cast
 
-import torch
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from mot_lora.chat import encode, segments
+from mot_lora.config import Config, DataConfig, TeacherConfig
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
 from mot_lora.merge import seed_for
+from mot_lora.overlap import Overlap, normalized
+from mot_lora.progress import Progress, silent
+from mot_lora.records import DataRecord, TeacherDataRecord
+from mot_lora.rows import Row, read_rows
+from mot_lora.scoring import is_right
+from mot_lora.thought import chain_of
+from mot_lora.traces import Example, Question, Trace, read_question, read_trace
+
+# Why a row is left out, as people read it.
+TWICE = "duplicate"
+SEEN = "in the evaluation"
+ENDLESS = "reasoning never ends"
+WRONG = "wrong answer"
+LONG = "too long"
+NOT_DRAWN = "not drawn"
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One worked problem: the conversation up to the answer, and the answer with its chain of thought."""
+class Data:
+    """Everything that the loop reads: examples by teacher, questions, what became of the rows, and a fingerprint of
+    each source.
+    """
 
-    prompt: tuple[dict[str, str], ...]
-    completion: str
+    train: dict[str, list[Example]]
+    held_out: dict[str, list[Example]]
+    questions: list[Question]
+    record: DataRecord
+    fingerprints: dict[str, str]
 
-    @property
-    def question(self) -> str:
-        """The last thing the user said."""
-        return self.prompt[-1]["content"]
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> Data:
+    """Read, choose and tokenize everything that a run trains on and measures.
+
+    Errors: UserError for rows that fit nothing, and for a teacher of whom nothing is left.
+
+    >>> load_data(config, load_tokenizer(checkpoint.path)).record.teachers[0].used  # doctest: +SKIP
+    900
+    """
+    fingerprints: dict[str, str] = {}
+    questions: list[Question] = []
+    if config.eval.data is not None:
+        rows = _read(config.eval, config.eval.data, fingerprints)
+        questions = [read_question(row, where, config.eval.columns) for where, row in rows][: config.eval.limit]
+    overlap = Overlap((q.question for q in questions), config.eval.overlap)
+    train: dict[str, list[Example]] = {}
+    held_out: dict[str, list[Example]] = {}
+    records: list[TeacherDataRecord] = []
+    for teacher in config.teachers:
+        rows = [row for source in teacher.sources for row in _read(teacher, source, fingerprints)]
+        choice = Choice(teacher, tokenizer, overlap, config.branch.max_length)
+        chosen = choice.choose(rows, seed_for(config.seed, teacher.name), progress)
+        kept, held = hold_out(chosen, config.eval.holdout, config.seed)
+        _check(config, teacher, choice.left_out, kept, held)
+        train[teacher.name] = [c.example for c in kept]
+        held_out[teacher.name] = [c.example for c in held]
+        lengths = [len(c.example) for c in kept]
+        records.append(
+            TeacherDataRecord(
+                teacher=teacher.name,
+                sources=teacher.sources,
+                rows=len(rows),
+                used=len(kept),
+                held_out=len(held),
+                left_out=dict(choice.left_out),
+                without_reasoning=sum(not c.reasons for c in kept),
+                median_tokens=round(median(lengths)),
+                longest_tokens=max(lengths),
+                tokens=sum(lengths),
+                sample=segments(tokenizer, kept[0].example),
+            )
+        )
+    return Data(train, held_out, questions, DataRecord(teachers=tuple(records), questions=len(questions)), fingerprints)
 
 
 @dataclass(frozen=True)
-class Question:
-    """A problem to answer and the right answer."""
+class Chosen:
+    """A trace that is used: its tokens, its question, and whether it reasons."""
 
+    example: Example
     question: str
-    answer: str
+    reasons: bool
 
 
-@dataclass(frozen=True)
-class Example:
-    """A tokenized trace: the first `prompt_length` tokens carry no loss."""
+class Choice:
+    """Which of a teacher's rows are used; `left_out` counts the others by reason."""
 
-    input_ids: tuple[int, ...]
-    prompt_length: int
+    def __init__(
+        self, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, overlap: Overlap, max_length: int
+    ) -> None:
+        self.teacher = teacher
+        self.tokenizer = tokenizer
+        self.overlap = overlap
+        self.max_length = max_length
+        self.left_out = Counter[str]()
+        self.seen = set[tuple[str, str]]()
 
-    @property
-    def labels(self) -> tuple[int, ...]:
-        return (IGNORE,) * self.prompt_length + self.input_ids[self.prompt_length :]
+    def choose(self, rows: list[Row], seed: int, progress: Progress = silent) -> list[Chosen]:
+        """The rows that are used, in their order; of `samples` drawn by the seed, each one that can be used counts."""
+        traces = [(where, read_trace(row, where, self.teacher.columns)) for where, row in rows]
+        order = list(range(len(traces)))
+        if self.teacher.samples is not None:
+            random.Random(seed if self.teacher.seed is None else self.teacher.seed).shuffle(order)
+        chosen: dict[int, Chosen] = {}
+        for done, i in enumerate(order):
+            if len(chosen) == self.teacher.samples:
+                self.left_out[NOT_DRAWN] = len(order) - done
+                break
+            result = self.consider(*traces[i])
+            if isinstance(result, Chosen):
+                chosen[i] = result
+            else:
+                self.left_out[result] += 1
+            if done % 100 == 0 or done + 1 == len(order):
+                progress(f"read {self.teacher.name}", done + 1, len(order))
+        return [chosen[i] for i in sorted(chosen)]
 
-    def __len__(self) -> int:
-        return len(self.input_ids)
+    def consider(self, where: str, trace: Trace | Example) -> Chosen | str:
+        """A trace ready for use, or the reason why it is left out. What costs most is asked last."""
+        example = trace if isinstance(trace, Example) else None
+        if isinstance(trace, Example):
+            trace = self.decoded(trace, where)
+        key = (normalized("\n".join(m["content"] for m in trace.prompt)), trace.completion.strip())
+        if key in self.seen:
+            return TWICE
+        self.seen.add(key)
+        if trace.question in self.overlap:
+            return SEEN
+        chain = chain_of(trace.completion)
+        if chain is None:
+            return ENDLESS
+        try:
+            example = example or encode(self.tokenizer, trace)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
+        if len(example) > self.max_length:
+            return LONG
+        if self.teacher.verified_only:
+            if trace.gold is None:
+                raise UserError(
+                    f"{where}: `verified_only` needs the right answer beside the teacher's; name its column, e.g. "
+                    "columns: {gold: expected_answer}"
+                )
+            if not is_right(trace.completion, trace.gold):
+                return WRONG
+        return Chosen(example, trace.question, bool(chain))
+
+    def decoded(self, example: Example, where: str) -> Trace:
+        """A row of tokens as text: its question is what stands before the first trained token."""
+        if not all(0 <= token < len(self.tokenizer) for token in example.input_ids):
+            raise UserError(
+                f"{where}: `input_ids` has a token that the student's vocabulary of "
+                f"{len(self.tokenizer)} has not; was it tokenized for another model?"
+            )
+        n = example.prompt_length
+        prompt = cast("str", self.tokenizer.decode(list(example.input_ids[:n]), skip_special_tokens=True))
+        trained = [y for y in example.labels if y != IGNORE]
+        completion = cast("str", self.tokenizer.decode(trained, skip_special_tokens=False))
+        return Trace(({"role": "user", "content": prompt},), completion)
 
 
-def read_traces(files: Sequence[str | Path]) -> list[Trace]:
-    """Read traces from JSONL files.
-
-    A row has `question`, `answer` and, usually, `reasoning`, or chat `messages` of which the last is the assistant's.
-    The completion trained on is "<think>\\n{reasoning}\\n</think>\\n\\n{answer}"; messages are taken as they are.
-
-    Errors: UserError, which names the file and the line.
-    """
-    return [_trace(row, where) for file in files for where, row in _rows(Path(file))]
-
-
-def read_questions(file: str | Path, limit: int | None = None) -> list[Question]:
-    """Read the questions of an evaluation: JSONL rows with `question` and `answer`.
-
-    Errors: UserError, which names the file and the line.
-    """
-    questions = [
-        Question(_text(row, "question", where), _text(row, "answer", where)) for where, row in _rows(Path(file))
-    ]
-    return questions[:limit]
-
-
-def hold_out(traces: Iterable[Trace], share: float, seed: int) -> tuple[list[Trace], list[Trace]]:
+def hold_out(chosen: Iterable[Chosen], share: float, seed: int) -> tuple[list[Chosen], list[Chosen]]:
     """Split traces into those to train on and those held out, by a hash of (seed, question).
 
     The same question falls on the same side for every teacher, so no branch trains on what another is measured on.
     """
-    train: list[Trace] = []
-    held: list[Trace] = []
-    for trace in traces:
-        (held if seed_for(seed, trace.question) < share * 2**63 else train).append(trace)
+    train: list[Chosen] = []
+    held: list[Chosen] = []
+    for one in chosen:
+        (held if seed_for(seed, one.question) < share * 2**63 else train).append(one)
     return train, held
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, padding on the left for generation.
-
-    Errors: UserError when there is none, or it has no chat template or no end token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: its tokenizer cannot be loaded: {str(e).splitlines()[0]}") from e
-    if not tokenizer.chat_template:
-        raise UserError(f"{path}: its tokenizer has no chat template; use the chat or instruct form of the model")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no end-of-text token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of what rows hold, whatever the format that they lie in."""
+    digest = hashlib.sha256()
+    for _, row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[dict[str, str]]) -> str:
-    """The conversation as the student reads it, up to where its answer begins."""
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Example:
-    """Tokenize a trace for training; the loss is on the completion and the end token, <think> included.
-
-    Templates drop earlier chains of thought and mark no assistant spans, so only the prompt goes through the template.
-    """
-    prompt = tokenizer.encode(prompt_text(tokenizer, trace.prompt), add_special_tokens=False)
-    completion = tokenizer.encode(trace.completion, add_special_tokens=False)
-    return Example((*prompt, *completion, cast("int", tokenizer.eos_token_id)), len(prompt))
-
-
-def encode_all(
-    tokenizer: PreTrainedTokenizerBase, traces: Iterable[Trace], max_length: int
-) -> tuple[list[Example], int]:
-    """Tokenize traces, and leave out those over max_length tokens, which are counted."""
-    examples = [encode(tokenizer, trace) for trace in traces]
-    kept = [e for e in examples if len(e) <= max_length]
-    return kept, len(examples) - len(kept)
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """A batch padded on the right: input_ids, attention_mask and labels, each [batch, longest] int64."""
-    width = max(len(e) for e in examples)
-
-    def padded(rows: Iterable[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
-
-    return {
-        "input_ids": padded((e.input_ids for e in examples), pad_id),
-        "attention_mask": padded(([1] * len(e) for e in examples), 0),
-        "labels": padded((e.labels for e in examples), IGNORE),
-    }
-
-
-def _rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror}); give a JSONL file") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file}: not text in UTF-8; give a JSONL file") from e
-    rows: list[tuple[str, dict[str, Any]]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{file}:{number}: not JSON ({e})") from e
-        if not isinstance(row, dict):
-            raise UserError(f'{file}:{number}: a row must be an object like {{"question": ..., "answer": ...}}')
-        rows.append((f"{file}:{number}", row))
-    if not rows:
-        raise UserError(f"{file}: holds no rows")
+def _read(settings: DataConfig, source: str, fingerprints: dict[str, str]) -> list[Row]:
+    rows = read_rows(source, settings.split, settings.subset)
+    fingerprints[" ".join(x for x in (source, settings.subset, settings.split) if x)] = fingerprint(rows)
     return rows
 
 
-def _trace(row: dict[str, Any], where: str) -> Trace:
-    if "messages" in row:
-        messages = row["messages"]
-        roles = [m.get("role") if isinstance(m, dict) else None for m in messages] if isinstance(messages, list) else []
-        if len(roles) < 2 or roles[-1] != "assistant" or roles[-2] != "user":
-            raise UserError(f"{where}: `messages` must end with a user's and then an assistant's, not {roles}")
-        turns = tuple({"role": m["role"], "content": _text(m, "content", where)} for m in messages)
-        return Trace(turns[:-1], turns[-1]["content"])
-    question, answer = _text(row, "question", where), _text(row, "answer", where)
-    reasoning = _text(row, "reasoning", where).strip() if row.get("reasoning") else ""
-    return Trace(({"role": "user", "content": question},), f"<think>\n{reasoning}\n</think>\n\n{answer}")
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: needs text in `{key}`; it has {', '.join(row) or 'no keys'}")
-    return value
+def _check(
+    config: Config, teacher: TeacherConfig, left_out: Counter[str], kept: list[Chosen], held: list[Chosen]
+) -> None:
+    reasons = ", ".join(f"{n} {why}" for why, n in left_out.items()) or "its rows are all held out"
+    if not kept:
+        hint = f"; branch.max_length is {config.branch.max_length}" if left_out[LONG] else ""
+        raise UserError(f"teacher `{teacher.name}`: no traces to train on: {reasons}{hint}")
+    if config.metric == "loss" and not held:
+        raise UserError(f"teacher `{teacher.name}`: no traces held out to measure; raise eval.holdout")

@@ -1,129 +1,304 @@
-"""What a person sees of a run: a bar while it works, a table when it is done."""
+"""The live display of long work: lines that renew themselves in a terminal or a notebook, a log elsewhere."""
 
-from collections.abc import Iterator, Sequence
+import math
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO, TextIOWrapper
+from threading import Lock
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderResult
+from rich.live import Live
+from rich.text import Text
 
-from mot_lora.progress import Progress
-from mot_lora.records import InspectRecord, RunRecord, SaveRecord, VerifyRecord
-from mot_lora.report import COLUMNS, table_rows
+from mot_lora.progress import Progress, silent
+from mot_lora.timeleft import Pace, TimeLeft
 
-SHOWN = 8  # rows of a table that goes by the worst
+LOG_WIDTH = 110  # as wide as the tables are
+ROUND = re.compile(r"^round (\d+)\b")
+BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
+SPARKS = 24  # columns of the sparkline
+LOSSES = 10 * SPARKS  # the last ones, which it shows
+HTML = '<pre style="margin:0;white-space:pre;overflow-x:auto;line-height:1.3">{code}</pre>'
 
 
-def screen(as_json: bool) -> Console:
-    """Where people read: standard output, or standard error beside JSON; a log is as wide as the table."""
-    console = Console(stderr=as_json)
-    if not console.is_terminal:
-        console.width = 110
+class _Quiet(Console):
+    """A console on which nothing is shown of work that goes on."""
+
+
+def screen(as_json: bool = False, quiet: bool = False) -> Console:
+    """Where people read: standard output, or standard error beside JSON; quiet shows nothing of work that goes on.
+
+    >>> screen(quiet=True).print("the last line")
+    the last line
+    """
+    on_terminal = (sys.stderr if as_json else sys.stdout).isatty()
+    # with FORCE_COLOR rich would take a log for a terminal
+    console = (_Quiet if quiet else Console)(stderr=as_json, force_interactive=None if on_terminal else False)
+    if not on_terminal:
+        console.width = LOG_WIDTH
+    if isinstance(console.file, TextIOWrapper):
+        console.file.reconfigure(errors="replace")  # a log in another encoding than UTF-8 is no reason to stop
     return console
 
 
 @contextmanager
-def live(console: Console) -> Iterator[Progress]:
-    """A bar for the stage at work, with time left; off a terminal, one line when a stage begins."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-        TimeElapsedColumn(),
-        TextColumn("left", style="dim"),
-        TimeRemainingColumn(),
-    )
-    current = ""
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", total=None, note="")
+def live(
+    console: Console | None = None,
+    plan: Sequence[str] = (),
+    quiet: bool = False,
+    *,
+    every: float = 5.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Progress]:
+    """Show work that goes on, with the time left of the stage, the branch and of the run that `plan` names in order.
 
-        def watch(stage: str, done: int, total: int, note: str = "") -> None:
-            nonlocal current
-            if current != stage:
-                current = stage
-                bars.reset(task, description=stage, total=total, note=note)
-                if not console.is_terminal:
-                    console.print(stage, highlight=False)
-            bars.update(task, completed=done, note=note)
+    A terminal and a notebook have a display that renews itself; anything else gets a line as a stage begins and then
+    one every so many seconds.
+
+    >>> with live(plan=["round 1, story, train"]) as progress:
+    ...     progress("round 1, story, train", 0, 50)
+    round 1, story, train  0/50
+    """
+    console = console or screen()
+    if quiet or isinstance(console, _Quiet):
+        yield silent
+        return
+    work = Work(plan, clock, console.encoding)
+    show = _in_notebook if console.is_jupyter else _on_terminal if console.is_interactive else _as_log
+    with show(console, work, every) as renew:
+
+        def watch(
+            stage: str,
+            done: int,
+            total: int,
+            note: str = "",
+            *,
+            loss: float | None = None,
+            tokens: int | None = None,
+        ) -> None:
+            begins = stage != work.stage
+            work.update(stage, done, total, note, loss, tokens)
+            renew(begins)
 
         yield watch
 
 
-def save_table(record: SaveRecord) -> Table:
-    """What a merge lost as an adapter: the modules that lost most."""
-    out = _table(f"{record.method} merge as an adapter of rank {record.rank}", ("module", "rank", "lost"))
-    worst = sorted(record.modules, key=lambda m: -record.modules[m])
-    for module in worst[:SHOWN]:
-        out.add_row(module, str(record.ranks.get(module, "whole")), f"{record.modules[module]:.2%}")
-    _more(out, worst)
-    return out
+Renew = Callable[[bool], None]  # told whether a stage begins
 
 
-def verify_table(record: VerifyRecord) -> Table:
-    """What was read back of a folded checkpoint: the tensors with the largest errors."""
-    title = f"read back: {len(record.tensors)} tensors updated, {record.untouched} the base's own"
-    out = _table(title, ("tensor", "|D|", "survived", "largest error, in units of rounding"))
-    worst = sorted(record.tensors, key=lambda t: -record.tensors[t].error)
-    for name in worst[:SHOWN]:
-        t = record.tensors[name]
-        survived = "-" if t.survived is None else f"{t.survived:.4f}"
-        out.add_row(name, f"{t.update_norm:.4g}", survived, f"{t.error:.3f}")
-    _more(out, worst)
-    return out
+@contextmanager
+def _on_terminal(console: Console, work: "Work", _every: float) -> Iterator[Renew]:
+    with Live(work, console=console, transient=True):  # renews itself, so that the clock goes on in a long step
+        yield lambda _begins: None
 
 
-def inspect_tables(record: InspectRecord) -> list[Table]:
-    """The adapters, how far each two agree, the layers, and what a smaller copy of the mean loses."""
-    names = [a.name for a in record.adapters]
-    adapters = _table("adapters", ("adapter", "base", "updates", "rank", "parameters", "|D|", "|D|/|W|"))
-    for a in record.adapters:
-        forms = ", ".join(f"{n} {form}" for form, n in a.forms.items())
-        relative = "-" if a.relative_norm is None else f"{a.relative_norm:.4f}"
-        ranks = f"{a.ranks[0]} to {a.ranks[-1]}" if len(a.ranks) > 1 else "".join(map(str, a.ranks))
-        adapters.add_row(a.name, a.base or "-", forms, ranks, f"{a.parameters:,}", f"{a.norm:.4g}", relative)
-    cosines = _table("cosine of the updates", ("", *names))
-    for name, row in zip(names, record.overall.cosine, strict=True):
-        cosines.add_row(name, *(f"{value:.3f}" for value in row))
-    layers = _table("layers", ("layer", *(f"|D| {n}" for n in names), "mean cosine", "sign conflict"))
-    for layer, r in [*record.layers.items(), ("all", record.overall)]:
-        pairs = [r.cosine[i][j] for i in range(len(names)) for j in range(i)]
-        mean = f"{sum(pairs) / len(pairs):.3f}" if pairs else "-"
-        layers.add_row(layer, *(f"{n:.4g}" for n in r.norms), mean, f"{r.sign_conflict:.1%}")
-    lost = _table("what a rank-r copy of the mean loses, |lost| / |D|", tuple(f"r {r}" for r in record.lost))
-    lost.add_row(*(f"{value:.2%}" for value in record.lost.values()))
-    return [adapters, cosines, layers, lost]
+@contextmanager
+def _as_log(console: Console, work: "Work", every: float) -> Iterator[Renew]:
+    said, middle = 0.0, False
+
+    def renew(begins: bool) -> None:
+        nonlocal said, middle
+        now, whole = work.now(), work.done >= work.total
+        if begins or (middle if whole else now - said >= every):
+            console.print(Text(work.line()), soft_wrap=True)
+            said, middle = now, not (begins or whole)
+
+    yield renew
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), min_width=len(title) + 2)
-    for i, name in enumerate(columns):
-        out.add_column(name, justify="right" if i else "left")
-    return out
+@contextmanager
+def _in_notebook(console: Console, work: "Work", _every: float) -> Iterator[Renew]:
+    """One output that takes its own place: rich's live display needs ipywidgets, and is lost in a saved notebook."""
+    from IPython.display import display
+
+    handle, shown_at = None, -math.inf
+
+    def put(shown: Work | Text) -> None:
+        nonlocal handle
+        paper = Console(
+            file=StringIO(), record=True, width=console.width, color_system="truecolor", force_jupyter=False
+        )
+        paper.print(shown)
+        html = paper.export_html(inline_styles=True, code_format=HTML, clear=False)
+        bundle = {"text/html": html, "text/plain": paper.export_text().rstrip()}
+        if handle is None:
+            handle = display(bundle, raw=True, display_id=True)
+        else:
+            handle.update(bundle, raw=True)
+
+    def renew(begins: bool) -> None:
+        nonlocal shown_at
+        if begins or work.now() - shown_at >= 0.5:
+            shown_at = work.now()
+            put(work)
+
+    end = "stopped at {0.stage} {0.done}/{0.total} after {0.elapsed}"
+    try:
+        yield renew
+        end = "done in {0.elapsed}"
+    finally:
+        if handle:
+            put(Text(end.format(work)))
 
 
-def _more(out: Table, rows: Sequence[str]) -> None:
-    if len(rows) > SHOWN:
-        out.add_row(f"and {len(rows) - SHOWN} more, none worse", style="dim")
+class Work:
+    """What is known of the work that goes on; rich draws it as one or two lines that fit the width."""
+
+    def __init__(self, plan: Sequence[str], clock: Callable[[], float], encoding: str) -> None:
+        self.now = clock
+        self.stage = ""
+        self.done = self.total = 0
+        self._began = self._stage_began = clock()
+        self._encoding = encoding
+        self._ascii = not encoding.startswith("utf")
+        self._note = ""
+        self._losses: deque[float] = deque(maxlen=LOSSES)
+        self._tokens = Pace()
+        self._left = TimeLeft(plan)
+        self._rounds = max((int(r[1]) for s in plan if (r := ROUND.match(s))), default=0)
+        self._lock = Lock()  # a thread draws it on a terminal
+
+    def update(self, stage: str, done: int, total: int, note: str, loss: float | None, tokens: int | None) -> None:
+        """Take in what a progress was called with."""
+        now = self.now()
+        with self._lock:
+            if stage != self.stage:
+                self.stage, self._stage_began = stage, now
+                self._losses.clear()
+                self._tokens = Pace()
+            self.done, self.total, self._note = done, total, note
+            self._left.update(stage, done, total, now)
+            if loss is not None:
+                self._losses.append(loss)
+            if tokens is not None:
+                self._tokens.see(tokens, now)
+
+    @property
+    def elapsed(self) -> str:
+        """Time since the work began, as 1:02:03."""
+        return _time(self.now() - self._began)
+
+    def line(self) -> str:
+        """All of it, as a line of a log."""
+        left = ", ".join(filter(None, self._times()))
+        parts = (self.stage, f"{self.done}/{self.total}", self._note, self._loss(), self._speed(), left)
+        return self._clean("  ".join(filter(None, parts)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with self._lock:
+            lines = self._lines() if self.stage else []
+        for parts in lines:
+            if parts := [p for p in parts if p.most]:
+                yield _fit(parts, options.max_width, "crop" if self._ascii else "ellipsis")
+
+    def _lines(self) -> list[list["_Part"]]:
+        name = self._clean(self.stage)
+        if self._rounds:
+            name = ROUND.sub(rf"\g<0> of {self._rounds}", name)
+        left, branch, run = self._times()
+        spent = _time(self.now() - self._stage_began)
+        losses = list(self._losses)
+        sparks = min(SPARKS, len(losses)) if len(losses) > 1 else 0
+        return [
+            [
+                _Part(0, lambda _width: Text(name, "bold"), min(24, cell_len(name)), cell_len(name)),
+                _Part(3, lambda width: Text(self._bar(width), "cyan"), 6, 24),
+                _Part.of(1, f"{self.done}/{self.total}"),
+                _Part.of(5, spent, "dim"),
+                _Part.of(2, left),
+                _Part.of(4, branch.replace("branch", "branch left")),
+            ],
+            [
+                _Part.of(0, self._loss()),
+                _Part(3, lambda width: Text(sparkline(losses, width, self._ascii), "cyan"), min(8, sparks), sparks),
+                _Part.of(2, self._speed()),
+                _Part.of(1, run.replace("run", "run left")),
+                _Part.of(4, self._clean(self._note), "dim"),
+            ],
+        ]
+
+    def _times(self) -> tuple[str, str, str]:
+        """Time left of the stage, of its branch and of the run; empty where unknown, or the same as the one before."""
+        now = self.now()
+        stage, branch, run = self._left.stage(now), self._left.branch(now), self._left.run(now)
+        return (
+            "" if stage is None else f"left {_time(stage)}",
+            "" if branch is None or branch == stage else f"branch {_time(branch)}",
+            "" if run is None else f"run {_time(run)}",
+        )
+
+    def _loss(self) -> str:
+        return f"loss {self._losses[-1]:.3f}" if self._losses else ""
+
+    def _speed(self) -> str:
+        return f"{1 / self._tokens.seconds:,.0f} tokens/s" if self._tokens.seconds else ""
+
+    def _bar(self, width: int) -> str:
+        halves = round(2 * width * min(1.0, max(0.0, self.done / self.total))) if self.total > 0 else 0
+        full, half, rest = ("#", "#", "-") if self._ascii else ("━", "╾", "─")
+        return (full * (halves // 2) + half * (halves % 2)).ljust(width, rest)
+
+    def _clean(self, text: str) -> str:
+        text = "".join(c if c.isprintable() else " " for c in text)
+        return text.encode(self._encoding, "replace").decode(self._encoding)
 
 
-def table(record: RunRecord) -> Table:
-    """The student before, each teacher's branch and the student after each round."""
-    out = Table(
-        title=f"Merge of Thought, {record.before.questions} held-out questions", box=SIMPLE_HEAD, padding=(0, 1)
+def sparkline(values: Sequence[float], width: int, in_ascii: bool = False) -> str:
+    """Numbers as blocks from the lowest to the highest, averaged down to the width; those not finite leave a gap.
+
+    >>> sparkline([4, 3, 2, 1, math.nan, 1, 8, 8], 8), sparkline([1, 1, 2, 2, 3, 3], 3)
+    ('▄▃▂▁ ▁██', '▁▅█')
+    """
+    n = min(width, len(values))
+    cells = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
+    finite = [[v for v in cell if abs(v) < 1e300] for cell in cells]
+    means = [sum(v / len(cell) for v in cell) if cell else None for cell in finite]
+    low, high = min((m for m in means if m is not None), default=0), max((m for m in means if m is not None), default=0)
+    blocks = ASCII_BLOCKS if in_ascii else BLOCKS
+    return "".join(
+        " " if m is None else blocks[round((m - low) / ((high - low) or 1) * (len(blocks) - 1))] for m in means
     )
-    for i, name in enumerate(COLUMNS):
-        out.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for kind, name, cells in table_rows(record):
-        out.add_row(name, *cells, style="bold" if kind == "merged" else "dim", end_section=kind == "merged")
-    return out
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a line: of two the one with the higher rank gives way; it is drawn between `least` and `most` wide."""
+
+    rank: int
+    draw: Callable[[int], Text]
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, rank: int, text: str, style: str = "") -> "_Part":
+        return cls(rank, lambda _width: Text(text, style), cell_len(text), cell_len(text))
+
+
+def _fit(parts: Sequence[_Part], width: int, overflow: OverflowMethod) -> Text:
+    """The parts in one line, two spaces between, without those that find no room."""
+    parts = list(parts)
+    while (spare := width + 2 - sum(p.least + 2 for p in parts)) < 0 and len(parts) > 1:
+        parts.remove(max(parts, key=lambda p: p.rank))
+    texts: list[Text] = []
+    for p in parts:
+        more = min(max(0, spare), p.most - p.least)
+        spare -= more
+        text = p.draw(p.least + more)
+        text.truncate(p.least + more, overflow=overflow)
+        texts.append(text)
+    line = Text("  ", no_wrap=True).join(texts)
+    line.truncate(width, overflow=overflow)
+    return line
+
+
+def _time(seconds: float) -> str:
+    """As 3:40 or 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

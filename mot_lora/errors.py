@@ -1,4 +1,10 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and what becomes it."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class UserError(ValueError):
@@ -10,3 +16,34 @@ class UserError(ValueError):
     Traceback (most recent call last):
     mot_lora.errors.UserError: recipe.yaml: `rouds` is not a setting; did you mean `rounds`?
     """
+
+
+class DivergedError(UserError):
+    """Training that went astray: a loss or weights that are not finite, or a loss worse than guessing."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Generator[None]:
+    """What a disk or its permissions refuse, as a UserError that names the path.
+
+    torch and safetensors have errors of their own for a disk that is full.
+
+    >>> with writing("/x"):
+    ...     raise PermissionError(13, "Permission denied")
+    Traceback (most recent call last):
+    mot_lora.errors.UserError: /x: cannot be written (Permission denied): is there space, and a permission?
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "writ" not in str(e):
+            raise
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:200]
+        raise UserError(f"{path}: cannot be written ({reason}): is there space, and a permission?") from e
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory, on a GPU or in the machine."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -8,12 +8,15 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mot_lora.chat import collate, prompt_text
 from mot_lora.config import EvalConfig
-from mot_lora.data import Example, Question, collate, prompt_text
+from mot_lora.errors import UserError, is_out_of_memory
 from mot_lora.loss import batch_loss
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.scoring import is_right, mean_score
+from mot_lora.thought import opens_chain
+from mot_lora.traces import Example, Question
 
 LOSS_CHUNK = 1024
 
@@ -37,9 +40,15 @@ def evaluate(
     """
     start = time.monotonic()
     model.eval()
-    with torch.no_grad():
-        losses = {name: held_out_loss(model, tokenizer, rows, settings) for name, rows in held_out.items() if rows}
-        texts = generate(model, tokenizer, questions, settings, seed=seed, progress=progress)
+    try:
+        with torch.no_grad():
+            losses = held_out_losses(model, tokenizer, held_out, settings, progress)
+            texts = generate(model, tokenizer, questions, settings, seed=seed, progress=progress)
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        numbers = f"eval.batch_size {settings.batch_size} or eval.max_new_tokens {settings.max_new_tokens}"
+        raise UserError(f"out of memory ({' '.join(str(e).split())[:160]}); lower {numbers}") from e
     answers = [
         Answer(
             question=q.question,
@@ -60,18 +69,29 @@ def evaluate(
     return record, answers
 
 
-def held_out_loss(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], settings: EvalConfig
-) -> float:
-    """The mean loss over the trained tokens of some examples, in nats."""
-    total, count = 0.0, 0
-    rows = sorted(examples, key=len)
-    for i in range(0, len(rows), settings.batch_size):
-        batch = collate(rows[i : i + settings.batch_size], cast("int", tokenizer.pad_token_id))
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        loss, n = batch_loss(model.get_base_model(), batch, LOSS_CHUNK)
-        total, count = total + float(loss), count + n
-    return total / count
+def held_out_losses(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Mapping[str, Sequence[Example]],
+    settings: EvalConfig,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """The mean loss over the trained tokens of each teacher's examples, in nats."""
+    losses: dict[str, float] = {}
+    done, total = 0, sum(map(len, held_out.values()))
+    for name, examples in held_out.items():
+        summed, count = 0.0, 0
+        rows = sorted(examples, key=len)
+        for i in range(0, len(rows), settings.batch_size):
+            chosen = rows[i : i + settings.batch_size]
+            batch = collate(chosen, cast("int", tokenizer.pad_token_id))
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            loss, n = batch_loss(model.get_base_model(), batch, LOSS_CHUNK)
+            summed, count, done = summed + float(loss), count + n, done + len(chosen)
+            progress("loss", done, total)
+        if count:
+            losses[name] = summed / count
+    return losses
 
 
 def generate(
@@ -118,7 +138,9 @@ def generate(
             )
             new = output[:, batch["input_ids"].shape[1] :].tolist()
             for j, ids in enumerate(new):
-                texts[chosen[j // settings.samples]].append(_decode(tokenizer, ids))
+                k = chosen[j // settings.samples]
+                begun = "<think>\n" if opens_chain(prompts[k]) else ""  # a chain that never ends is no answer
+                texts[k].append(begun + _decode(tokenizer, ids))
             progress("answer", i + len(chosen), len(order))
     return texts
 

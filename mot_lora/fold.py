@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mot_lora.checkpoint import COMPANIONS, INDEX_FILE, Checkpoint
-from mot_lora.errors import UserError
+from mot_lora.errors import UserError, writing
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
@@ -47,17 +46,16 @@ def fold_checkpoint(
         raise UserError(f"{out}: exists; choose another --out, nothing is overwritten")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        _write(placement, partial, progress)
-        if card is not None:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-        if verify:
-            verify_placement(placement, partial, progress)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except (OSError, SafetensorError) as e:  # safetensors has its own for a disk that is full
-        raise UserError(f"{out}: cannot be written: {getattr(e, 'strerror', None) or e}") from e
+        with writing(out):
+            partial.mkdir(parents=True)
+            _write(placement, partial, progress)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            if verify:
+                verify_placement(placement, partial, progress)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out

@@ -3,10 +3,13 @@
 import torch
 
 from mot_lora.adapters import load_adapter
+from mot_lora.durable import read_lines
 from mot_lora.errors import UserError
 from mot_lora.merged import Merged, combine
-from mot_lora.records import BranchRecord, RoundRecord, RunRecord, score
+from mot_lora.records import Answer, BranchRecord, RoundRecord, RunRecord, StateRecord, score
+from mot_lora.report import Page
 from mot_lora.rundir import RunDir
+from mot_lora.savepoint import newest, step_of
 
 
 def read_ledger(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:
@@ -57,4 +60,37 @@ def read_run(rundir: RunDir) -> RunRecord | None:
         metric=config.metric,
         best=best,
         stopped=stopped,
+    )
+
+
+def read_state(rundir: RunDir) -> StateRecord:
+    """Where a run stands. Errors: UserError when the folder is no run, or a record in it is damaged."""
+    config, record = rundir.config(), read_run(rundir)
+    done = len(record.rounds) if record else 0
+    here = [t.name for t in config.teachers if rundir.branch_record(done + 1, t.name)] if done < config.rounds else []
+    saved = {t.name: newest(rundir.job(done + 1, t.name).state) for t in config.teachers}
+    return StateRecord(
+        rounds_done=done,
+        rounds=config.rounds,
+        branches=tuple(here),
+        begun={name: step_of(found[0]) for name, found in saved.items() if found},
+        at_work=rundir.at_work(),
+        stopped=record.stopped if record else "",
+    )
+
+
+def read_page(rundir: RunDir) -> Page:
+    """Everything that a run's page shows, as far as the run is. Errors: UserError for a run with nothing finished."""
+    record = read_run(rundir)
+    if record is None:
+        raise UserError(f"{rundir.path}: nothing is finished yet")
+    last = record.best or len(record.rounds)
+    return Page(
+        name=rundir.path.resolve().name,
+        record=record,
+        data=rundir.data_record(),
+        before=read_lines(rundir.before_answers, Answer),
+        after=read_lines(rundir.round(last) / "answers.jsonl", Answer) if last else (),
+        config=(rundir.path / "config.yaml").read_text(encoding="utf-8"),
+        environment=rundir.environment(),
     )

@@ -49,13 +49,13 @@ def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Ten
     """The summed loss of a batch over its trained tokens, fp32, and how many they are.
 
     model: a causal language model of transformers, with or without adapters inside; batch: input_ids, attention_mask
-    and labels, each [batch, length]. The head is applied to the trained positions alone. On a GPU the forward runs in
-    bf16.
+    and labels, each [batch, length]. The head is applied to the trained positions alone. Where the base is in bf16, so
+    is the forward.
 
     >>> loss, n = batch_loss(model, collate(examples, pad_id), chunk=1024)  # doctest: +SKIP
     """
     device = cast("torch.device", model.device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         hidden, targets = trained_tokens(output.last_hidden_state, batch["labels"])
         return chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, chunk), len(targets)

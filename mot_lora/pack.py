@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mot_lora.adapters import WEIGHTS_FILE
-from mot_lora.errors import UserError
+from mot_lora.errors import UserError, writing
 from mot_lora.kinds import CONFIG_FILE, PREFIX
 from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, inner, truncate
 from mot_lora.merged import Merged, method_name
@@ -48,7 +48,7 @@ def save_adapter(
     packed = pack(adapter, rank, progress)
     path = Path(path)
     entries = {name: (t.dtype, t.shape) for name, t in packed.tensors.items()}
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         for name, write in (
             (WEIGHTS_FILE, lambda to: write_tensors(to, entries, packed.tensors.items())),
@@ -60,8 +60,6 @@ def save_adapter(
                 partial.replace(path / name)
             finally:
                 partial.unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written: {e.strerror or e}") from e
     return packed.record
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mot_lora.errors import UserError
+from mot_lora.errors import UserError, writing
 from mot_lora.records import InspectRecord
 
 
@@ -59,10 +59,8 @@ def save_picture(record: InspectRecord, path: str | Path) -> None:
     axes[1, 1].set_title("share of the mean's norm that a rank-r copy loses, %")
     for axis in (axes[0, 0], axes[0, 1], axes[1, 1]):
         axis.spines[["top", "right"]].set_visible(False)
-    try:
+    with writing(path):
         figure.savefig(Path(path), dpi=150)
-    except OSError as e:
-        raise UserError(f"{path}: the picture cannot be written: {e.strerror or e}") from e
 
 
 def check_picture(path: str | Path) -> None:

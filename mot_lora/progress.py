@@ -4,10 +4,30 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with a stage's name, how much of it is done, out of how much, and a short note (a loss, say)."""
+    """Called with a stage's name, how much of it is done, out of how much, and a short note.
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+    A training stage also gives the step's mean loss, in nats a token, and the tokens trained on so far in the stage.
+    """
+
+    def __call__(
+        self,
+        stage: str,
+        done: int,
+        total: int,
+        note: str = "",
+        *,
+        loss: float | None = None,
+        tokens: int | None = None,
+    ) -> None: ...
 
 
-def silent(stage: str, done: int, total: int, note: str = "") -> None:
+def silent(
+    stage: str,
+    done: int,
+    total: int,
+    note: str = "",
+    *,
+    loss: float | None = None,
+    tokens: int | None = None,
+) -> None:
     """The progress of work that nobody watches."""

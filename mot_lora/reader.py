@@ -1,6 +1,7 @@
 """The one reader of settings: YAML files and overrides, with errors that name the file and the key."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,8 @@ from mot_lora.config import (
 from mot_lora.errors import UserError
 
 DEMO = "demo:"  # student: demo:student is the student that the package carries
+# owner/name, or an old name without owner; what ends as a data file does is a file, also where there is none
+HUB_NAME = re.compile(r"(?!.*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
 S = TypeVar("S", bound=Settings)
 
 
@@ -144,7 +147,7 @@ def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
 def _rebase(tree: dict[str, Any], folder: Path, source: str) -> dict[str, Any]:
     """Make the paths of a tree absolute; what does not exist as a file stays as it is (a Hub name)."""
 
-    def path(key: str, value: Any, must_be_file: bool = True) -> Any:
+    def path(key: str, value: Any) -> Any:
         if isinstance(value, list):
             return [x if isinstance(x, list) else path(key, x) for x in cast("list[Any]", value)]
         if not isinstance(value, str):
@@ -153,13 +156,13 @@ def _rebase(tree: dict[str, Any], folder: Path, source: str) -> dict[str, Any]:
             return str(demo_path(value.removeprefix(DEMO)))
         try:
             file = (folder / Path(value).expanduser()).resolve()
-            return str(file) if must_be_file or file.exists() else value
+            return value if not file.exists() and HUB_NAME.fullmatch(value) else str(file)
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(f"{source}: `{key}`: {value!r} is not a usable path ({e})") from e
 
     tree = dict(tree)
     if "student" in tree:
-        tree["student"] = path("student", tree["student"], must_be_file=False)
+        tree["student"] = path("student", tree["student"])
     teachers = tree.get("teachers")
     if isinstance(teachers, list):
         tree["teachers"] = [

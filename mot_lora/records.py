@@ -53,28 +53,77 @@ class Answer(Record):
 
 
 class TrainRecord(Record):
-    """What training a branch took: optimizer steps, trained tokens, mean loss in nats a token, seconds."""
+    """What training a branch took: optimizer steps, trained tokens, mean loss in nats a token, seconds.
+
+    `losses` has each step's, where the trainer says them.
+    """
 
     steps: int
     tokens: int
     loss: float
     seconds: float = 0.0
+    losses: tuple[float, ...] = ()
 
 
 class BranchRecord(Record):
-    """One teacher's branch of one round."""
+    """One teacher's branch of one round; `files` are the sha256 of what lies beside the record."""
 
     round: int
     teacher: str
+    learning_rate: float
     train: TrainRecord
     evaluation: EvaluationRecord | None = None
+    files: dict[str, str] = {}
+
+
+class SealRecord(Record):
+    """A state within a branch, whole: the sha256 of its files; tokens and seconds that training took so far."""
+
+    files: dict[str, str]
+    tokens: int
+    seconds: float
+
+
+class Segment(Record):
+    """A piece of a tokenized trace as text, and whether the loss is on it."""
+
+    text: str
+    trained: bool
+
+
+class TeacherDataRecord(Record):
+    """What became of one teacher's rows.
+
+    `used` are trained on, `held_out` only measured, `left_out` has the count for each reason; `without_reasoning` of
+    the used traces go straight to the answer. Tokens are of the used traces. `sample` is one of them, decoded.
+    """
+
+    teacher: str
+    sources: tuple[str, ...]
+    rows: int
+    used: int
+    held_out: int
+    left_out: dict[str, int] = {}
+    without_reasoning: int = 0
+    median_tokens: int = 0
+    longest_tokens: int = 0
+    tokens: int = 0
+    sample: tuple[Segment, ...] = ()
+
+
+class DataRecord(Record):
+    """What a run reads: each teacher's traces, and how many questions the student is asked."""
+
+    teachers: tuple[TeacherDataRecord, ...]
+    questions: int = 0
 
 
 class Tally(Record):
     """Sums over entries that say how an update relates to its base, its fold and its branches; tallies add up.
 
     base_sq: |W|^2; update_sq: |D|^2; kept: <change, D>, change being what the fold did to the weights in use;
-    gram: <D_i, D_j> of the branches; conflicts: entries on which the signs of branches differ.
+    gram: <D_i, D_j> of the branches; opposed: entries on which the signs of branches i and j differ; conflicts: entries
+    on which those of any two do.
     """
 
     entries: int
@@ -83,6 +132,7 @@ class Tally(Record):
     kept: float
     conflicts: int
     gram: tuple[tuple[float, ...], ...]
+    opposed: tuple[tuple[int, ...], ...]
 
     @property
     def relative_norm(self) -> float:
@@ -98,6 +148,11 @@ class Tally(Record):
     def sign_conflict(self) -> float:
         """Share of entries on which the branches disagree about the sign."""
         return self.conflicts / self.entries
+
+    @property
+    def opposition(self) -> tuple[tuple[float, ...], ...]:
+        """Share of entries on which every two branches have opposite signs."""
+        return tuple(tuple(n / self.entries for n in row) for row in self.opposed)
 
     @property
     def cosine(self) -> tuple[tuple[float, ...], ...]:
@@ -122,16 +177,18 @@ def add_tallies(tallies: Iterable[Tally]) -> Tally:
         kept=math.fsum(t.kept for t in rows),
         conflicts=sum(t.conflicts for t in rows),
         gram=tuple(tuple(math.fsum(t.gram[i][j] for t in rows) for j in n) for i in n),
+        opposed=tuple(tuple(sum(t.opposed[i][j] for t in rows) for j in n) for i in n),
     )
 
 
 class FoldRecord(Record):
-    """How a round's merge went into the weights, overall or for one layer: the readable form of a Tally."""
+    """How a round's merge went into the weights, overall, for a layer or a module: the readable form of a Tally."""
 
     relative_norm: float
     survived: float | None
     sign_conflict: float
     cosine: tuple[tuple[float, ...], ...]
+    opposition: tuple[tuple[float, ...], ...]
 
     @classmethod
     def of(cls, tally: Tally) -> "FoldRecord":
@@ -140,6 +197,7 @@ class FoldRecord(Record):
             survived=tally.survived,
             sign_conflict=tally.sign_conflict,
             cosine=tally.cosine,
+            opposition=tally.opposition,
         )
 
 
@@ -222,7 +280,10 @@ class VerifyRecord(Record):
 
 
 class RoundRecord(Record):
-    """One finished round: whose adapters were merged, how, what the fold kept, and how the student then did."""
+    """One finished round: whose adapters were merged, how, what the fold kept, and how the student then did.
+
+    `files` are the sha256 of what lies beside the record.
+    """
 
     round: int
     teachers: tuple[str, ...]
@@ -234,8 +295,10 @@ class RoundRecord(Record):
     seed: int
     fold: FoldRecord
     layers: dict[str, FoldRecord]
+    modules: dict[str, FoldRecord]
     fold_seconds: float
     evaluation: EvaluationRecord
+    files: dict[str, str] = {}
 
 
 class RunRecord(Record):
@@ -247,6 +310,31 @@ class RunRecord(Record):
     metric: str
     best: int
     stopped: str
+
+
+class StateRecord(Record):
+    """Where a run stands: rounds done and planned; within the round at hand its finished branches, the one that was
+    begun with the steps that it can go on from, and who works on it now.
+    """
+
+    rounds_done: int
+    rounds: int
+    branches: tuple[str, ...]
+    begun: dict[str, int]
+    at_work: str | None
+    stopped: str
+
+    @property
+    def line(self) -> str:
+        """The state in one line."""
+        at_work = f"at work ({self.at_work})" if self.at_work else "not at work"
+        if self.stopped:
+            return f"finished: {self.stopped}"
+        parts = [f"round {self.rounds_done} of {self.rounds} is done" if self.rounds_done else "no round is done yet"]
+        if self.branches:
+            parts.append(f"of round {self.rounds_done + 1} {', '.join(self.branches)}")
+        parts += [f"{name} can go on from step {step}" for name, step in self.begun.items()]
+        return f"{at_work}: {', '.join(parts)}"
 
 
 def score(evaluation: EvaluationRecord, metric: str) -> float:

@@ -1,45 +1,70 @@
-"""A run as one self-contained page: accuracy or loss by round, and the table."""
+"""A run as one self-contained page: its scores, how its teachers agree, what the fold kept, answers, data, settings."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from importlib import resources
+from typing import Any, Literal, cast
 
-from mot_lora.records import EvaluationRecord, RunRecord
+from mot_lora import charts
+from mot_lora.records import Answer, DataRecord, EvaluationRecord, RoundRecord, RunRecord, TeacherDataRecord
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1f; --soft: #6b6b76; --line: #d9d9e0; --page: #fff }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececf1; --soft: #9a9aa8; --line: #3a3a44; --page: #17171c } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem;
-  color: var(--ink); background: var(--page) }
-h1 { font-size: 1.4rem } p, figcaption { color: var(--soft) } figure { margin: 1.5rem 0 }
-svg { width: 100%; height: auto } .scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } tr.merged { font-weight: 600 }
-"""
+THINK_END = "</think>"
+SHOWN = 2  # answers of each kind
+LONG = 600  # characters of an answer that stand open
 
 
-def report(record: RunRecord, name: str) -> str:
-    """The page, as HTML that asks nothing of the network.
-
-    >>> "<svg" in report(RunRecord(before=EvaluationRecord(), metric="accuracy", best=0, stopped=""), "demo")
-    True
+@dataclass(frozen=True)
+class Page:
+    """Everything that a run's page shows: the run, its data, answers before and of the best round, its settings as
+    YAML, and what it was done with (versions, device, fingerprints of the inputs).
     """
-    best = f"Best by {record.metric}: round {record.best}." if record.best else "No round beats the student before."
-    rows = "".join(
-        f'<tr class="{kind}"><td>{escape(label)}</td>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for kind, label, cells in table_rows(record)
+
+    name: str
+    record: RunRecord
+    data: DataRecord | None = None
+    before: Sequence[Answer] = ()
+    after: Sequence[Answer] = ()
+    config: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def report(page: Page) -> str:
+    """The page, as HTML that asks nothing of the network; the same page gives the same bytes.
+
+    >>> "<svg" in report(Page("demo", RunRecord(before=EvaluationRecord(), metric="loss", best=0, stopped="")))
+    False
+    """
+    record, name = page.record, escape(page.name)
+    parts = (
+        _overview(page),
+        _section("Results", _results(record)),
+        _section("Score by round", _scores(record)),
+        _section("Training loss", _losses(record)),
+        _section("Agreement of the teachers", _agreement(record)),
+        _section("The update by layer", _layers(record)),
+        _section("Answers before and after", _answers(page.before, page.after, record.best)),
+        _section("Data", _data(page.data)),
+        _section("How it was done", _settings(page.config, page.environment)),
     )
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    css = resources.files("mot_lora").joinpath("report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(name)}: Merge of Thought</title><style>{STYLE}</style>
-<h1>{escape(name)}: Merge of Thought</h1>
-<p>{record.before.questions} held-out questions. {escape(best)} {escape(record.stopped.capitalize())}.</p>
-<figure>{_chart(record)}<figcaption>The line is the merged student with its 95 % interval, the marks are each teacher's
-own branch of that round.</figcaption></figure>
-<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{name}: Merge of Thought</title>
+<style>
+{css}</style>
+</head>
+<body>
+<main>
+<h1>{name}: Merge of Thought</h1>
+{"".join(parts)}</main>
+</body>
 </html>
 """
 
@@ -59,7 +84,7 @@ def table_rows(record: RunRecord) -> list[tuple[str, str, tuple[str, ...]]]:
         return (e.accuracy_text, e.loss_text, *rest)
 
     rows = [("merged", "before", cells(record.before, "", "", f"{record.before.seconds:.0f}"))]
-    for number in range(1, 1 + max([b.round for b in record.branches], default=0)):
+    for number in sorted({b.round for b in record.branches} | {r.round for r in record.rounds}):
         for b in (b for b in record.branches if b.round == number):
             seconds = b.train.seconds + (b.evaluation.seconds if b.evaluation else 0)
             rows.append(("branch", f"  {b.teacher} alone", cells(b.evaluation, "", "", f"{seconds:.0f}")))
@@ -71,37 +96,257 @@ def table_rows(record: RunRecord) -> list[tuple[str, str, tuple[str, ...]]]:
     return rows
 
 
-def _chart(record: RunRecord) -> str:
-    from matplotlib.figure import Figure  # half a second to load, only where a page is drawn
+def _overview(page: Page) -> str:
+    record = page.record
+    best = next((r for r in record.rounds if r.round == record.best), None)
+    none = "no round beats the student before" if record.rounds else "no round is finished"
+    facts = {
+        f"Best by {record.metric}": f"round {record.best}" if best else none,
+        "Student before": _score(record.before, record.metric),
+        "Student of the best round": _score(best.evaluation, record.metric) if best else "",
+        "Questions": f"{record.before.questions:,} held out" if record.before.questions else "none asked",
+        "Stopped because": record.stopped or "not stopped: rounds are left to do",
+        "Device": str(page.environment.get("device", "")),
+    }
+    return "<dl>" + "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in facts.items() if v) + "</dl>\n"
 
-    merged = [record.before, *(r.evaluation for r in record.rounds)]
-    by_accuracy = record.before.accuracy is not None
 
-    def values(evaluations: Sequence[EvaluationRecord | None]) -> list[float]:
-        read = [(e.accuracy if by_accuracy else e.loss) if e else None for e in evaluations]
-        return [float("nan") if v is None else v * (100 if by_accuracy else 1) for v in read]
+def _score(evaluation: EvaluationRecord, metric: str) -> str:
+    return evaluation.accuracy_text if metric == "accuracy" else f"{evaluation.loss_text} nats a token"
 
-    figure: Any = Figure(figsize=(7.2, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    teachers = list(dict.fromkeys(b.teacher for b in record.branches))
-    for i, (teacher, mark) in enumerate(zip(teachers, "os^Dv<>pP*" * len(teachers), strict=False)):
-        rows = [b for b in record.branches if b.teacher == teacher]
-        at = [b.round + (i - (len(teachers) - 1) / 2) * 0.08 for b in rows]
-        axes.plot(at, values([b.evaluation for b in rows]), mark, color=f"C{i + 1}", label=teacher)
-    heights = values(merged)
-    bars = None
-    if by_accuracy:
-        ends = [[100 * x for x in e.interval or (0, 0)] for e in merged]
-        bars = [[h - low for h, (low, _) in zip(heights, ends, strict=True)]]
-        bars.append([high - h for h, (_, high) in zip(heights, ends, strict=True)])
-    axes.errorbar(range(len(merged)), heights, bars, color="C0", marker="o", capsize=4, lw=2, label="merged student")
-    axes.set_xticks(range(len(merged)), ["before", *(f"round {r.round}" for r in record.rounds)])
-    axes.set_ylabel("accuracy, %" if by_accuracy else "held-out loss, nats a token")
-    figure.legend(loc="outside upper left", ncols=6, frameon=False, labelcolor="#80808c")
-    axes.spines[["top", "right"]].set_visible(False)
-    for part in (axes.xaxis.label, axes.yaxis.label, *axes.spines.values()):
-        part.set_color("#80808c")  # readable on light and on dark
-    axes.tick_params(colors="#80808c")
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True)
-    return out.getvalue()[out.getvalue().index("<svg") :]
+
+def _results(record: RunRecord) -> str:
+    rows = [(kind, label.strip(), cells) for kind, label, cells in table_rows(record)]
+    shown = [i for i in range(len(COLUMNS) - 1) if any(cells[i] not in ("", "-") for _, _, cells in rows)]
+    columns = (COLUMNS[0], *(COLUMNS[i + 1] for i in shown))
+    return _table(columns, [(kind, name, [cells[i] for i in shown]) for kind, name, cells in rows], "Results") + _note(
+        "Bold rows are the merged student; the others are each teacher's own branch of that round, before the merge. "
+        "|D|/|W| is the size of the round's update beside the weights. Survived is the share of it that is in the "
+        "weights after rounding: near 1 is good."
+    )
+
+
+def _scores(record: RunRecord) -> str:
+    out = ""
+    metrics: tuple[Literal["accuracy", "loss"], ...] = ("accuracy", "loss")
+    for metric in metrics:
+        students = [("before", record.before), *((f"round {r.round}", r.evaluation) for r in record.rounds)]
+        known = [f"{name} {_score(e, metric)}" for name, e in students if charts.measured(e, metric) is not None]
+        if known:
+            what, good = ("Accuracy", "Higher") if metric == "accuracy" else ("Held-out loss", "Lower")
+            interval = " with its 95\N{NO-BREAK SPACE}% interval" if metric == "accuracy" else ""
+            out += _figure(
+                charts.svg(charts.score_by_round(record, metric), metric, f"{what} by round: {', '.join(known)}."),
+                f"{what}. {good} is better. The line is the merged student{interval}, the marks are each teacher's own "
+                "branch. A merge that is worth it stands beyond its branches.",
+            )
+    return _grid(out) or _note("Nothing was measured.")
+
+
+def _losses(record: RunRecord) -> str:
+    branches = [b for b in record.branches if b.train.losses]
+    if not branches:
+        return _note("No loss of single steps was recorded.")
+    label = "Training loss: " + ", ".join(
+        f"{b.teacher} in round {b.round} from {b.train.losses[0]:.2f} to {b.train.losses[-1]:.2f}" for b in branches
+    )
+    return _grid(
+        _figure(
+            charts.svg(charts.loss_curves(branches), "steps", label + "."),
+            "Loss of each teacher's branch by training step, rounds one after another. A curve that falls and flattens "
+            "is good; one that jumps or climbs asks for a lower learning rate. Long curves are smoothed; the faint "
+            "lines are not.",
+        )
+    )
+
+
+def _agreement(record: RunRecord) -> str:
+    rounds = [r for r in record.rounds if len(r.teachers) > 1]
+    if not rounds:
+        return _note("There is nothing to compare: no round of two teachers or more is finished.")
+    out = ""
+    for r in rounds[:1] + rounds[1:][-1:]:  # the first and the last
+        pairs = [(i, j) for i in range(len(r.teachers)) for j in range(i)]
+        cosines = [f"{r.teachers[j]} and {r.teachers[i]} {r.fold.cosine[i][j]:.2f}" for i, j in pairs]
+        shares = [f"{r.teachers[j]} and {r.teachers[i]} {r.fold.opposition[i][j]:.2f}" for i, j in pairs]
+        label = f"Cosine of the updates in round {r.round}: {', '.join(cosines)}."
+        out += _figure(charts.svg(charts.teacher_pairs(r, "cosine"), f"cosine{r.round}", label))
+        label = f"Sign conflict of the updates in round {r.round}: {', '.join(shares)}."
+        out += _figure(charts.svg(charts.teacher_pairs(r, "opposition"), f"conflict{r.round}", label))
+    return _grid(out) + _note(
+        "Cosine of two teachers' updates: 1 is the same direction, 0 is unrelated, below 0 they undo each other. Sign "
+        "conflict is the share of entries that two teachers push in opposite directions: 0.5 is what chance gives, "
+        f"less is agreement. {'The first and the last round are shown.' if len(rounds) > 2 else ''}"
+    )
+
+
+def _layers(record: RunRecord) -> str:
+    done = next((r for r in record.rounds if r.round == record.best), record.rounds[-1] if record.rounds else None)
+    if done is None or not done.modules:
+        return _note("No round is finished.")
+    sizes = {m: f.relative_norm for m, f in done.modules.items()}
+    kept = {m: f.survived for m, f in done.modules.items() if f.survived is not None}
+    largest = max(sizes, key=lambda m: sizes[m])
+    out = _layer_figure(
+        done,
+        "relative_norm",
+        "|D|/|W| by layer and kind of module: where the round changed the student most. Even colours are good; one "
+        f"bright cell is a module that takes most of the change. Largest: {sizes[largest]:.4f} in {largest}.",
+    )
+    if kept:
+        least = min(kept, key=lambda m: kept[m])
+        out += _layer_figure(
+            done,
+            "survived",
+            "Share of the update that is in the weights after rounding. Near 1 is good; far below 1, rounding ate the "
+            f"update. Least: {kept[least]:.3f} in {least}.",
+        )
+    return _grid(out)
+
+
+def _layer_figure(done: RoundRecord, what: Literal["relative_norm", "survived"], caption: str) -> str:
+    return _figure(charts.svg(charts.layer_kinds(done, what), what, f"Round {done.round}: {caption}"), caption)
+
+
+def _answers(before: Sequence[Answer], after: Sequence[Answer], best: int) -> str:
+    pairs = [(n, b, a) for n, (b, a) in enumerate(zip(before, after, strict=False), 1) if b.question == a.question]
+    if not best or not pairs:
+        shown = "".join(_question("Question", n, a, _answer("Before", a)) for n, a in enumerate(before[:SHOWN], 1))
+        return shown or _note("No questions were asked.")
+    pairs.sort(key=lambda p: -abs(p[2].score - p[1].score))  # the clearest first, then as they were asked
+    kinds = {
+        "Better": [p for p in pairs if p[2].score > p[1].score],
+        "Worse": [p for p in pairs if p[2].score < p[1].score],
+        "Still wrong": [p for p in pairs if p[2].score == p[1].score < 1],
+        "Still right": [p for p in pairs if p[2].score == p[1].score >= 1],
+    }
+    counts = ", ".join(f"{len(found):,} {kind.lower()}" for kind, found in kinds.items())
+    out = _note(f"Of {len(pairs):,} questions: {counts}. A few of them, before and after round {best}:")
+    return out + "".join(
+        _question(f"{kind}: question", n, a, _answer("Before", b) + _answer(f"After round {best}", a))
+        for kind, found in kinds.items()
+        for n, b, a in found[: 1 if kind == "Still right" else SHOWN]
+    )
+
+
+def _question(title: str, number: int, asked: Answer, columns: str) -> str:
+    return (
+        f"<h3>{title} {number:,}</h3>{_open(asked.question, 'Question')}"
+        f'<p class="note">Right answer: {_e(asked.answer)}</p><div class="two">{columns}</div>\n'
+    )
+
+
+def _answer(who: str, answer: Answer) -> str:
+    count = len(answer.texts)
+    right = round(answer.score * count)
+    verdict = ("right" if right else "wrong") if count == 1 else f"{right} of {count} right"
+    first, rest = answer.texts[:1], answer.texts[1:]
+    more = _details(f"{len(rest)} more", "".join(f'<div class="piece">{_text(t)}</div>' for t in rest)) if rest else ""
+    texts = "".join(map(_text, first)) or _note("no answer")
+    return f'<div class="card"><p class="who">{_e(who)}: <strong>{verdict}</strong></p>{texts}{more}</div>'
+
+
+def _text(text: str) -> str:
+    """A generated text: the answer open, the chain of thought before it folded away, both whole."""
+    thought, closed, answer = text.rpartition(THINK_END)
+    if not closed and "<think>" in text:
+        return _fold_away("Reasoning that never ends", text)
+    out = _fold_away("Reasoning", thought + closed) if closed else ""
+    return out + _open(answer.strip() or "(nothing)", "Answer")
+
+
+def _open(text: str, what: str) -> str:
+    """A text that stands open; of a long one only the end does, and the whole is folded away."""
+    long = len(text) > LONG
+    shown = f"... {text[-LONG // 2 :]}" if long else text
+    return (_fold_away(what, text) if long else "") + f'<p class="text" dir="auto">{_e(shown)}</p>'
+
+
+def _fold_away(what: str, text: str) -> str:
+    return _details(f"{what}, {len(text):,} characters", f'<div class="text" dir="auto">{_e(text)}</div>')
+
+
+def _data(data: DataRecord | None) -> str:
+    if data is None or not data.teachers:
+        return _note("No summary of the data was recorded.")
+    columns = ("teacher", "rows", "used", "held out", "left out", "without reasoning", "tokens", "median", "longest")
+    rows = [
+        ("", t.teacher, (*(f"{n:,}" for n in (t.rows, t.used, t.held_out, sum(t.left_out.values()))),
+                         *(f"{n:,}" for n in (t.without_reasoning, t.tokens, t.median_tokens, t.longest_tokens))))
+        for t in data.teachers
+    ]  # fmt: skip
+    reasons = "".join(
+        f"<li>{_e(t.teacher)}: {_e(', '.join(f'{n:,} {why}' for why, n in t.left_out.items()))}</li>"
+        for t in data.teachers
+        if t.left_out
+    )
+    return (
+        _table(columns, rows, "Data of each teacher")
+        + _note("Tokens are of the traces used: all of them, then the median and the longest trace.")
+        + (f"<p>Left out, and why:</p><ul>{reasons}</ul>" if reasons else "")
+        + "".join(map(_sample, data.teachers))
+    )
+
+
+def _sample(teacher: TeacherDataRecord) -> str:
+    pieces = "".join(
+        f'<div class="piece{" trained" if s.trained else ""}"><p class="who">{"" if s.trained else "not "}trained</p>'
+        f'<div class="text" dir="auto">{_e(s.text)}</div></div>'
+        for s in teacher.sample
+    )
+    files = _note(f"From {', '.join(teacher.sources)}.") if teacher.sources else ""
+    if not pieces:
+        return files
+    return _details(f"A trace of {teacher.teacher}, as the student reads it", files + pieces)
+
+
+def _settings(config: str, environment: Mapping[str, Any]) -> str:
+    facts = [("", key, (value,)) for key, value in _flat(environment)]
+    out = _details("Settings", f"<pre>{_e(config)}</pre>") if config else ""
+    out += _details("Versions, device and inputs", _table(("what", "value"), facts, "Versions")) if facts else ""
+    return out or _note("No settings were recorded.")
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(cast("Mapping[str, Any]", value), f"{above}{key}: ")
+        else:
+            yield f"{above}{key}", str(value)
+
+
+def _table(columns: Sequence[str], rows: Iterable[tuple[str, str, Sequence[str]]], label: str) -> str:
+    head = "".join(f'<th scope="col">{_e(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr class="{kind}"><th scope="row"><div>{_e(name)}</div></th>'
+        + "".join(f"<td>{_e(c)}</td>" for c in cells)
+        + "</tr>\n"
+        for kind, name, cells in rows
+    )
+    return (
+        f'<div class="scroll" role="region" aria-label="{_e(label)}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}</tbody></table></div>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{_e(title)}</h2>\n{body}</section>\n"
+
+
+def _figure(svg: str, caption: str = "") -> str:
+    return f"<figure>{svg}{f'<figcaption>{_e(caption)}</figcaption>' if caption else ''}</figure>\n"
+
+
+def _grid(figures: str) -> str:
+    return f'<div class="grid">\n{figures}</div>\n' if figures else ""
+
+
+def _details(summary: str, body: str) -> str:
+    return f"<details><summary>{_e(summary)}</summary>{body}</details>\n"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_e(text)}</p>\n'
+
+
+_e = escape

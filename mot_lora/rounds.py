@@ -1,11 +1,11 @@
 """The Merge-of-Thought loop: train each branch, merge, fold, evaluate, stop (arXiv 2509.08814)."""
 
 import platform
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,18 +19,21 @@ from mot_lora import evaluate as evaluation
 from mot_lora.adapters import load_adapter
 from mot_lora.agreement import layer_of, tally
 from mot_lora.base import fold, load_model
-from mot_lora.branch import add_adapter, reset_adapter
+from mot_lora.branch import add_adapter, check_targets, reset_adapter
+from mot_lora.chat import load_tokenizer
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.config import BranchConfig, Config, EvalConfig
-from mot_lora.data import Example, Question, encode_all, hold_out, load_tokenizer, read_questions, read_traces
-from mot_lora.errors import UserError
-from mot_lora.ledger import read_ledger, read_run
+from mot_lora.config import BranchConfig, Config, EvalConfig, TeacherConfig
+from mot_lora.data import Data, load_data
+from mot_lora.durable import hashes, staged, write_lines, write_record, write_text
+from mot_lora.errors import DivergedError, UserError
+from mot_lora.ledger import read_ledger, read_page, read_run
 from mot_lora.merge import seed_for
-from mot_lora.merged import Merged, combine
+from mot_lora.merged import Merged, combine, resolve
 from mot_lora.progress import Progress, silent
 from mot_lora.records import (
     Answer,
     BranchRecord,
+    DataRecord,
     EvaluationRecord,
     FoldRecord,
     RoundRecord,
@@ -40,11 +43,15 @@ from mot_lora.records import (
     add_tallies,
 )
 from mot_lora.report import report
-from mot_lora.rundir import RunDir, staged, write_lines, write_record, write_text
+from mot_lora.rundir import Job, RunDir
+from mot_lora.traces import Example, Question
+from mot_lora.tracking import check_trackers
 
 
 class Train(Protocol):
-    """The seam `train=`: trains the model's one adapter on the examples, in place. `branch.train` is the default."""
+    """The seam `train=`: trains the model's one adapter on the examples, in place; `job` is the branch's place on disk.
+    `branch.train` is the default.
+    """
 
     def __call__(
         self,
@@ -54,6 +61,7 @@ class Train(Protocol):
         settings: BranchConfig,
         *,
         seed: int,
+        job: Job,
         progress: Progress,
     ) -> TrainRecord: ...
 
@@ -80,28 +88,42 @@ def run(
     train: Train = branch.train,
     evaluate: Evaluate = evaluation.evaluate,
     progress: Progress = silent,
+    repair: bool = False,
+    started: Callable[[DataRecord], object] | None = None,
 ) -> RunRecord:
     """Distill the teachers into the student: W_t = W_0 + sum over rounds of merge(branches of the round).
 
-    Works in config.output and goes on with what it finds finished there; nothing finished is done again.
+    Works in config.output and goes on with what it finds finished there; nothing finished is done again, after every
+    checksum of it was compared. `repair` sets aside what is damaged, with what was built on it, and does that again.
+    `started` is told what became of the data before the work begins.
 
-    Errors: UserError for anything wrong that can be known before the work begins, and for a branch whose loss is not
-    finite.
+    Errors: UserError for anything wrong that can be known before the work begins; for a branch that went astray, after
+    the others of its round are done.
 
     >>> run(load_config("recipes/quickstart.yaml")).best  # doctest: +SKIP
     4
     """
     device = _device(config)
-    checkpoint = Checkpoint.open(config.student)
-    tokenizer = load_tokenizer(checkpoint.path)
-    data = _load_data(config, tokenizer)
+    check_trackers(config.branch.report_to)
+    resolve(config.merge.method)
+    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
+    check_targets(checkpoint.path, config.lora, config.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
+    data = load_data(config, tokenizer, progress)
     rundir = RunDir(Path(config.output))
     with rundir.lock():
-        rundir.begin(config, _environment(config, checkpoint))
+        if repair:
+            rundir.repair(config)
+        rundir.begin(config, _environment(checkpoint, data, device))
+        rundir.check(config)
+        write_record(rundir.path / "data.json", data.record)
+        if started:
+            started(data.record)
         record = read_run(rundir)
         if record is None or not record.stopped:
             progress("load the student", 0, 1)
-            model = add_adapter(load_model(checkpoint, config.quantization, device), config.lora)
+            model = load_model(checkpoint, config.quantization, device, config.trust_remote_code)
+            model = add_adapter(model, config.lora)
             for _ in fold(model, checkpoint, read_ledger(rundir, len(record.rounds) if record else 0, device)):
                 pass
             progress("load the student", 1, 1)
@@ -110,17 +132,24 @@ def run(
                 loop.before()
             while not (record := cast("RunRecord", read_run(rundir))).stopped:
                 loop.round(len(record.rounds) + 1)
-            write_text(rundir.path / "report.html", report(record, rundir.path.name))
+        write_text(rundir.path / "report.html", report(read_page(rundir)))
         return record
 
 
-@dataclass(frozen=True)
-class Data:
-    """Everything that the loop reads from data files."""
+def stages(config: Config) -> list[str]:
+    """The stages of a run in their order, as its progress names them.
 
-    train: dict[str, list[Example]]
-    held_out: dict[str, list[Example]]
-    questions: list[Question]
+    >>> stages(Config(student="s", teachers=({"name": "a", "data": "a.jsonl"},), rounds=1))
+    ['before, loss', 'round 1, a, train', 'round 1, a, loss', 'round 1, fold', 'round 1, loss']
+    """
+    measured = ["loss"] * (config.eval.holdout > 0) + ["answer"] * (config.eval.data is not None)
+    plan = [f"before, {what}" for what in measured]
+    for number in range(1, config.rounds + 1):
+        for teacher in config.teachers:
+            parts = ["train", *(measured if config.eval.branches else [])]
+            plan += [f"round {number}, {teacher.name}, {what}" for what in parts]
+        plan += [f"round {number}, {what}" for what in ("fold", *measured)]
+    return plan
 
 
 @dataclass(frozen=True)
@@ -140,15 +169,21 @@ class Loop:
     def before(self) -> None:
         """Measure the student before the first round."""
         record, answers = self.measure("before", adapter=False)
-        write_lines(self.rundir.path / "before.answers.jsonl", answers)
+        write_lines(self.rundir.before_answers, answers)
         write_record(self.rundir.path / "before.json", record)
 
     def round(self, number: int) -> None:
         """Train the branches that are not there yet, merge, fold, evaluate; the round's record is written last."""
         names = [t.name for t in self.config.teachers]
-        for name in names:
-            if self.rundir.branch_record(number, name) is None:
-                self.branch(number, name)
+        astray: list[str] = []
+        for i, teacher in enumerate(self.config.teachers):
+            if self.rundir.branch_record(number, teacher.name) is None:
+                try:
+                    self.branch(number, teacher)
+                except DivergedError as e:
+                    astray.append(f"round {number}, teacher `{teacher.name}` (teachers.{i}.learning_rate=...): {e}")
+        if astray:
+            raise UserError(f"{'; '.join(astray)}; the other branches are kept, the same command goes on")
         folders = [self.rundir.branch(number, name) for name in names]
         adapters = [load_adapter(f, name, self.model.device) for f, name in zip(folders, names, strict=True)]
         m = self.config.merge
@@ -158,7 +193,8 @@ class Loop:
         tallies = self.fold(number, merged)
         seconds = time.monotonic() - start
         record, answers = self.measure(f"round {number}", adapter=False)
-        write_lines(self.rundir.round(number) / "answers.jsonl", answers)
+        folder = self.rundir.round(number)
+        files = {"answers.jsonl": write_lines(folder / "answers.jsonl", answers)}
         layers: dict[str, list[Tally]] = {}
         for module, row in tallies.items():
             layers.setdefault(layer_of(module), []).append(row)
@@ -173,21 +209,27 @@ class Loop:
             seed=merged.seed,
             fold=FoldRecord.of(add_tallies(tallies.values())),
             layers={layer: FoldRecord.of(add_tallies(rows)) for layer, rows in layers.items()},
+            modules={module: FoldRecord.of(row) for module, row in tallies.items()},
             fold_seconds=seconds,
             evaluation=record,
+            files=files,
         )
-        write_record(self.rundir.round(number) / "round.json", done)
+        write_record(folder / "round.json", done)
 
-    def branch(self, number: int, name: str) -> None:
+    def branch(self, number: int, teacher: TeacherConfig) -> None:
         """Train one teacher's adapter from the round's start, measure it, and save it whole."""
-        stage = f"round {number}, {name}"
+        name, settings = teacher.name, self.config.branch
+        if teacher.learning_rate is not None:
+            settings = settings.model_copy(update={"learning_rate": teacher.learning_rate})
+        stage, job = f"round {number}, {name}", self.rundir.job(number, name)
         reset_adapter(self.model, seed_for(self.config.seed, number))
         took = self.train(
             self.model,
             self.tokenizer,
             self.data.train[name],
-            self.config.branch,
+            settings,
             seed=seed_for(self.config.seed, number, "order"),  # one for all, so that only the teacher differs
+            job=job,
             progress=self.stage(stage),
         )
         measured, answers = self.measure(stage, adapter=True) if self.config.eval.branches else (None, [])
@@ -195,9 +237,16 @@ class Loop:
             # embeddings are never trained, and looking for them would ask the Hub
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
             write_lines(folder / "answers.jsonl", answers)
-            write_record(
-                folder / "branch.json", BranchRecord(round=number, teacher=name, train=took, evaluation=measured)
+            record = BranchRecord(
+                round=number,
+                teacher=name,
+                learning_rate=settings.learning_rate,
+                train=took,
+                evaluation=measured,
+                files=hashes(folder),
             )
+            write_record(folder / "branch.json", record)
+        shutil.rmtree(job.state, ignore_errors=True)
 
     def fold(self, number: int, merged: Merged) -> dict[str, Tally]:
         """Set the model to W_0 + the ledger with this round's update, and measure what became of it."""
@@ -224,40 +273,27 @@ class Loop:
     def stage(self, name: str) -> Progress:
         """The progress of one stage."""
 
-        def watch(stage: str, done: int, total: int, note: str = "") -> None:
-            self.progress(f"{name}, {stage}", done, total, note)
+        def watch(
+            stage: str,
+            done: int,
+            total: int,
+            note: str = "",
+            *,
+            loss: float | None = None,
+            tokens: int | None = None,
+        ) -> None:
+            self.progress(f"{name}, {stage}", done, total, note, loss=loss, tokens=tokens)
 
         return watch
 
 
-def _load_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Data:
-    train: dict[str, list[Example]] = {}
-    held_out: dict[str, list[Example]] = {}
-    for teacher in config.teachers:
-        kept, held = hold_out(read_traces(teacher.files), config.eval.holdout, config.seed)
-        train[teacher.name], long = encode_all(tokenizer, kept, config.branch.max_length)
-        held_out[teacher.name], _ = encode_all(tokenizer, held, config.branch.max_length)
-        if not train[teacher.name]:
-            why = f"all {long} are longer than branch.max_length {config.branch.max_length}" if long else "none is left"
-            raise UserError(f"teacher `{teacher.name}`: no traces to train on: {why}")
-        if config.metric == "loss" and not held_out[teacher.name]:
-            raise UserError(f"teacher `{teacher.name}`: no traces held out to measure; raise eval.holdout")
-    questions = read_questions(config.eval.data, config.eval.limit) if config.eval.data else []
-    return Data(train, held_out, questions)
-
-
-def _environment(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> dict[str, Any]:
     """What a run is done with: versions, machine, and the fingerprints of everything it reads."""
-    files = [f for t in config.teachers for f in t.files] + ([config.eval.data] if config.eval.data else [])
-    packages = ("mot-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    device = _device(config)
+    packages = ("mot-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     return {
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "inputs": {
-            "student": checkpoint.fingerprint(),
-            **{f: sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files},
-        },
+        "inputs": {"student": checkpoint.fingerprint(), **data.fingerprints},
     }
 
 

@@ -3,9 +3,9 @@
 import fcntl
 import json
 import os
-import shutil
+import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,19 @@ from typing import Any, TypeVar
 import yaml
 
 from mot_lora.config import Config
-from mot_lora.errors import UserError
+from mot_lora.durable import DamagedError, check_files, read_record, write_text
+from mot_lora.errors import UserError, writing
 from mot_lora.reader import parse_config
-from mot_lora.records import BranchRecord, EvaluationRecord, Record, RoundRecord
+from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, Record, RoundRecord, SealRecord
 
 R = TypeVar("R", bound=Record)
 
+FORMAT = 1  # of run folders; a newer one is refused
+SEAL = "sealed.json"  # what makes a checkpoint within a branch whole
 # What a run that was killed while it began can have left.
-BEGUN = {"run.lock", "environment.json"}
+BEGUN = {"run.lock", "environment.json", "data.json"}
 # Settings that leave finished branches and rounds as they are, so that a run may go on with others.
-MAY_CHANGE = ("output", "rounds", "stop")
+MAY_CHANGE = re.compile(r"output|rounds|stop\b.*|branch\.(save_steps|report_to)|teachers\.\d+\.learning_rate")
 
 
 @dataclass(frozen=True)
@@ -45,26 +48,89 @@ class RunDir:
     def branch(self, number: int, teacher: str) -> Path:
         return self.round(number) / teacher
 
+    def job(self, number: int, teacher: str) -> "Job":
+        return Job(self, number, teacher)
+
+    @property
+    def before_answers(self) -> Path:
+        return self.path / "before.answers.jsonl"
+
     def before(self) -> EvaluationRecord | None:
         """How the student did before the first round, if that was measured."""
-        return _read(self.path / "before.json", EvaluationRecord)
+        return read_record(self.path / "before.json", EvaluationRecord)
 
     def branch_record(self, number: int, teacher: str) -> BranchRecord | None:
-        return _read(self.branch(number, teacher) / "branch.json", BranchRecord)
+        return read_record(self.branch(number, teacher) / "branch.json", BranchRecord)
 
     def round_record(self, number: int) -> RoundRecord | None:
-        return _read(self.round(number) / "round.json", RoundRecord)
+        return read_record(self.round(number) / "round.json", RoundRecord)
+
+    def data_record(self) -> DataRecord | None:
+        return read_record(self.path / "data.json", DataRecord)
 
     def config(self) -> Config:
-        """The settings that the run was begun with."""
+        """The settings that the run was begun with. Errors: UserError for a run of a newer version, or no run."""
         file = self.path / "config.yaml"
         if not file.exists():
             raise UserError(f"{self.path}: not a run: it has no config.yaml")
-        return parse_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        self.environment()
+        try:
+            return parse_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UserError(f"{file}: damaged ({' '.join(str(e).split())})") from e
 
     def environment(self) -> dict[str, Any]:
-        """Versions, device and the fingerprints of the inputs that the run was begun with."""
-        return json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        """Versions, device and the fingerprints of the inputs that the run was begun with; empty for none yet."""
+        file = self.path / "environment.json"
+        if not file.exists():
+            return {}
+        try:
+            found: Any = json.loads(file.read_text(encoding="utf-8"))
+            made = found["format"], found["versions"]["mot-lora"]
+        except (ValueError, LookupError, TypeError) as e:
+            raise DamagedError(file, repr(e)) from e
+        if not isinstance(made[0], int) or made[0] > FORMAT:
+            raise UserError(f"{self.path}: made by mot-lora {made[1]}, which is newer than this; update mot-lora")
+        return found
+
+    def check(self, config: Config) -> None:
+        """Read every finished part. Errors: DamagedError for the first file that is not as it was written."""
+        self.environment()
+        self.before()
+        for number in range(1, config.rounds + 1):
+            for name in (t.name for t in config.teachers):
+                if branch := self.branch_record(number, name):
+                    check_files(self.branch(number, name), branch.files)
+            record = self.round_record(number)
+            if record is None:
+                break
+            check_files(self.round(number), record.files)
+        for file in sorted(self.path.glob(f"round-*/.*.training/checkpoint-*/{SEAL}")):
+            if sealed := read_record(file, SealRecord):
+                check_files(file.parent, sealed.files)
+
+    def repair(self, config: Config) -> Path | None:
+        """Set every damaged part aside, and what was built on it; nothing is deleted. Returns where to."""
+        aside = next(p for n in range(1, 1000) if not (p := self.path / f"damaged-{n:03d}").exists())
+        while True:
+            try:
+                self.check(config)
+                return aside if aside.exists() else None
+            except DamagedError as e:
+                for path in self._built_on(e.path):
+                    target = aside / path.relative_to(self.path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(target)
+
+    def _built_on(self, path: Path) -> list[Path]:
+        """A part of the run, as it has to be set aside: whole branches, and all rounds after."""
+        first, *rest = path.relative_to(self.path).parts
+        if not first.startswith("round-"):
+            return [path]
+        begun = self.round(int(first.removeprefix("round-")))
+        later = [p for p in sorted(self.path.glob("round-*")) if p.name > first]
+        branch = [begun / rest[0]] if len(rest) > 1 else []
+        return [*branch, *(p for p in (begun / "round.json", begun / "answers.jsonl") if p.exists()), *later]
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
         """Write what was asked and with what, or check that a run found here was asked the same; under the lock.
@@ -74,20 +140,34 @@ class RunDir:
         asked = config.model_dump(mode="json")
         if (self.path / "before.json").exists():  # the first thing finished
             found = self.config().model_dump(mode="json")
-            changed = [k for k in _differences(found, asked) if k.split(".")[0] not in MAY_CHANGE]
+            changed = [k for k in _differences(found, asked) if not MAY_CHANGE.fullmatch(k)]
             if changed:
                 raise UserError(
                     f"{self.path}: was begun with other settings ({', '.join(changed)}); "
-                    "choose another `output` for the new ones"
+                    "begin anew beside it with --from-scratch, or choose another `output`"
                 )
-            if changed := _differences(self.environment()["inputs"], environment["inputs"]):
+            inputs = self.environment().get("inputs", environment["inputs"])
+            if changed := _differences(inputs, environment["inputs"]):
                 raise UserError(
-                    f"{self.path}: was begun with other files ({', '.join(changed)} changed since); "
-                    "bring them back, or choose another `output`"
+                    f"{self.path}: was begun with other inputs ({', '.join(changed)} changed since); "
+                    "bring them back, or begin anew beside it with --from-scratch"
                 )
-        else:
-            write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        if not self.environment() or not (self.path / "before.json").exists():
+            text = json.dumps({"format": FORMAT, **environment}, indent=2) + "\n"
+            write_text(self.path / "environment.json", text)
         write_text(self.path / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+
+    def at_work(self) -> str | None:
+        """The process that works in the folder now, and its host."""
+        try:
+            with (self.path / "run.lock").open(encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError:
+                    return file.read().strip()
+        except OSError:  # no lock was ever taken
+            pass
+        return None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -99,11 +179,9 @@ class RunDir:
         found = {p.name.removeprefix(".").removesuffix(".partial") for p in self.path.glob("*")}
         if "config.yaml" not in found and found - BEGUN:
             raise UserError(f"{self.path}: holds something that is not a run; choose another `output`")
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "run.lock").open("a+", encoding="utf-8")
-        except OSError as e:
-            raise UserError(f"{self.path}: cannot be written ({e.strerror}); choose another `output`") from e
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,51 +194,25 @@ class RunDir:
             yield
 
 
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and goes away when it does not."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        if path.exists():  # without its record it was not finished
-            shutil.rmtree(path)
-        partial.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+@dataclass(frozen=True)
+class Job:
+    """One branch at work: the folder in which it keeps what an interruption must not lose, and that of its logs.
 
+    >>> Job(RunDir(Path("runs/demo")), 1, "steps").state
+    PosixPath('runs/demo/round-001/.steps.training')
+    """
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.rename(path)
-    _sync(path.parent)
+    run: RunDir
+    round: int
+    teacher: str
 
+    @property
+    def state(self) -> Path:
+        return self.run.round(self.round) / f".{self.teacher}.training"
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a record as JSON, whole or not at all."""
-    write_text(path, record.model_dump_json(indent=2) + "\n")
-
-
-def write_lines(path: Path, records: Sequence[Record]) -> None:
-    """Write records as JSONL, whole or not at all."""
-    write_text(path, "".join(r.model_dump_json() + "\n" for r in records))
-
-
-def _read(path: Path, kind: type[R]) -> R | None:
-    if not path.exists():
-        return None
-    try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path}: damaged ({str(e).splitlines()[0]}); remove it to have this part done again") from e
+    @property
+    def logs(self) -> Path:
+        return self.run.path / "logs" / self.teacher
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -169,12 +221,6 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
             return [key]
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (x, y) in enumerate(zip(old, new, strict=True)) for d in _differences(x, y, f"{key}.{i}")]
     return [] if old == new else [key]
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM: as exceptions, and held back while something must not be torn."""
+
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
+"""What a signal is raised as: Ctrl-C as the first, SIGTERM and SIGHUP as SystemExit(128 + signal)."""
+
+
+@contextmanager
+def signals_raise() -> Generator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, by an exception, so that what can be saved is."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+        raise SystemExit(128 + number)
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:  # nohup ignores SIGHUP, and means it
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Shield:
+    """Holds signals back between `hold` and `release`, within its `with` block; a signal meanwhile is raised then.
+
+    It wraps the handlers that are there, and does nothing outside the main thread.
+
+    >>> with Shield() as shield:
+    ...     shield.hold()  # here a step is taken
+    ...     shield.release()
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._held = False
+        self._pending: tuple[int, FrameType | None] | None = None
+
+    def __enter__(self) -> "Shield":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._before[number] = handler
+                    signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.release()
+
+    def hold(self) -> None:
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        if self._pending:
+            (number, frame), self._pending = self._pending, None
+            self._before[number](number, frame)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._pending = number, frame
+        else:
+            self._before[number](number, frame)

@@ -1,0 +1,175 @@
+"""The rows of a data source: JSONL, JSON, CSV, parquet, a saved dataset, or one of the Hub."""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from mot_lora.errors import UserError
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands (file and line), and its values by column."""
+
+
+def read_rows(source: str | Path, split: str | None = None, subset: str | None = None) -> list[Row]:
+    """All rows of a file, a folder or a Hub dataset; what a file holds is told by its name.
+
+    Files: .jsonl, .json (a list of objects, or lines), .csv, .tsv, each also with .gz, and .parquet. A folder is one of
+    `save_to_disk`, or of data files. `split` and `subset` choose within a dataset; the split is `train` unless given.
+
+    Errors: UserError, which names the file, and the line where there is one.
+
+    >>> read_rows("owner/name", split="train[:100]")  # doctest: +SKIP
+    """
+    path = Path(source)
+    if path.is_file():
+        if split or subset:
+            raise UserError(f"{source}: a file has no `split` or `subset`; leave them out")
+        rows = list(_read_file(path))
+    elif path.is_dir() or not (path.is_absolute() or has_known_suffix(path)):
+        rows = _read_dataset(str(source), split, subset)
+    else:
+        raise UserError(f"{source}: no such file; {HINT}")
+    if not rows:
+        raise UserError(f"{source}: holds no rows")
+    return rows
+
+
+def has_known_suffix(path: Path) -> bool:
+    """Whether a path is named as a data file is.
+
+    >>> has_known_suffix(Path("traces.jsonl.gz")), has_known_suffix(Path("owner/name"))
+    (True, False)
+    """
+    return _suffix(path) in READERS
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if not has_known_suffix(path):
+        raise UserError(f"{path}: not a data file by its name; {HINT}")
+    try:
+        yield from READERS[_suffix(path)](path)
+    except (OSError, EOFError, zlib.error) as e:
+        reason = "not gzip" if isinstance(e, gzip.BadGzipFile) else getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: cannot be read ({reason}); {HINT}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not text in UTF-8; {HINT}") from e
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    # "\n" alone ends a row: str.splitlines would also cut at signs that JSON allows within a text
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield _object(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    text = _text(path)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as e:
+        if e.msg == "Extra data":  # many a .json holds lines
+            yield from _lines(path)
+            return
+        where = f"{path}:{e.lineno}" if text.strip() else str(path)
+        raise UserError(f"{where}: {f'not JSON ({e.msg})' if text.strip() else 'holds no rows'}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON that can be read ({e})") from e
+    if isinstance(whole, dict):
+        lists = [v for v in cast("dict[str, Any]", whole).values() if isinstance(v, list)]
+        whole = lists[0] if len(lists) == 1 and len(cast("dict[str, Any]", whole)) == 1 else [whole]
+    if not isinstance(whole, list):
+        raise UserError(f"{path}: must hold a list of objects like {EXAMPLE}")
+    for number, value in enumerate(cast("list[Any]", whole)):
+        yield _object(value, f"{path}[{number}]")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not JSON ({e.msg} at character {e.colno})") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not JSON that can be read ({e})") from e
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a row must be an object like {EXAMPLE}")
+    return where, cast("dict[str, Any]", value)
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a trace is longer than the 128 KiB that a cell may hold by default
+    dialect = "excel-tab" if _suffix(path) == ".tsv" else "excel"
+    reader = csv.DictReader(_text(path).splitlines(keepends=True), dialect=dialect, strict=True)
+    try:
+        for values in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in values:
+                raise UserError(f"{where}: has more cells than the header has names")
+            yield where, {key: value for key, value in values.items() if value}
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingTypeStubs]  # only where it is needed
+
+    try:
+        values = cast("Any", parquet).read_table(path).to_pylist()
+    except (ArrowException, OSError, ValueError) as e:
+        raise UserError(f"{path}: not parquet ({_first_line(e)})") from e
+    return ((f"{path}[{i}]", row) for i, row in enumerate(values))
+
+
+def _read_dataset(name: str, split: str | None, subset: str | None) -> list[Row]:
+    import datasets
+
+    try:
+        if any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
+            found: Any = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, subset, split=split)
+            split = None if split else split
+        if isinstance(found, dict):
+            chosen = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
+            if chosen not in found:
+                raise UserError(f"{name}: name one of its splits in `split`: {', '.join(map(str, found))}")
+            found = found[chosen]
+        elif split:
+            raise UserError(f"{name}: is one split by itself; leave `split` out")
+        rows: Iterable[dict[str, Any]] = found
+        return [(f"{name}[{i}]", dict(row)) for i, row in enumerate(rows)]
+    except UserError:
+        raise
+    except Exception as e:  # what the library raises for a folder, a name or a network is of a dozen kinds
+        raise UserError(f"{name}: no data folder, and no Hub dataset that can be had now ({_first_line(e)})") from e
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}
+EXAMPLE = '{"question": ..., "reasoning": ..., "answer": ...}'
+HINT = "give a .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a saved dataset's folder, or a Hub name"

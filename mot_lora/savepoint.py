@@ -1,0 +1,63 @@
+"""The states of a branch at work, from which an interrupted one goes on: Trainer checkpoints under a seal."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mot_lora.durable import check_files, read_record, sha256, write_record
+from mot_lora.records import SealRecord
+from mot_lora.rundir import SEAL
+
+
+def seal(checkpoint: Path, tokens: int, seconds: float) -> None:
+    """Declare a checkpoint whole, by a record of its files that is written last; older ones then go."""
+    files = {str(f.relative_to(checkpoint)): f for f in sorted(checkpoint.rglob("*")) if f.is_file() and f.name != SEAL}
+    record = SealRecord(files={name: sha256(f) for name, f in files.items()}, tokens=tokens, seconds=seconds)
+    write_record(checkpoint / SEAL, record)
+    for other in checkpoint.parent.glob("checkpoint-*"):
+        if other != checkpoint:
+            shutil.rmtree(other)
+
+
+def newest(folder: Path) -> tuple[Path, SealRecord] | None:
+    """The last whole checkpoint in a folder; what a kill left half-written has no seal and does not count.
+
+    Errors: DamagedError when it is not as it was sealed.
+    """
+    found = [p for p in folder.glob("checkpoint-*") if is_sealed(p)]
+    if not found:
+        return None
+    last = max(found, key=step_of)
+    record = read_record(last / SEAL, SealRecord)
+    assert record is not None
+    check_files(last, record.files)
+    return last, record
+
+
+def is_sealed(checkpoint: Path) -> bool:
+    """Whether a checkpoint is whole."""
+    return (checkpoint / SEAL).exists()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was taken."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def remember_randomness() -> Callable[[], None]:
+    """The state of every global random generator; call the result to go back to it."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore

@@ -1,0 +1,130 @@
+"""What a person reads when work is done: tables."""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from mot_lora.records import DataRecord, InspectRecord, RunRecord, SaveRecord, Segment, VerifyRecord
+from mot_lora.report import COLUMNS, table_rows
+
+SHOWN = 8  # rows of a table that goes by the worst
+SAMPLE = 600  # characters of a piece of a sample
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a trace could do to the terminal; tab and newline stay
+
+
+def save_table(record: SaveRecord) -> Table:
+    """What a merge lost as an adapter: the modules that lost most."""
+    out = _table(f"{record.method} merge as an adapter of rank {record.rank}", ("module", "rank", "lost"))
+    worst = sorted(record.modules, key=lambda m: -record.modules[m])
+    for module in worst[:SHOWN]:
+        out.add_row(module, str(record.ranks.get(module, "whole")), f"{record.modules[module]:.2%}")
+    _more(out, worst)
+    return out
+
+
+def verify_table(record: VerifyRecord) -> Table:
+    """What was read back of a folded checkpoint: the tensors with the largest errors."""
+    title = f"read back: {len(record.tensors)} tensors updated, {record.untouched} the base's own"
+    out = _table(title, ("tensor", "|D|", "survived", "largest error, in units of rounding"))
+    worst = sorted(record.tensors, key=lambda t: -record.tensors[t].error)
+    for name in worst[:SHOWN]:
+        t = record.tensors[name]
+        survived = "-" if t.survived is None else f"{t.survived:.4f}"
+        out.add_row(name, f"{t.update_norm:.4g}", survived, f"{t.error:.3f}")
+    _more(out, worst)
+    return out
+
+
+def inspect_tables(record: InspectRecord) -> list[Table]:
+    """The adapters, how far each two agree, the layers, and what a smaller copy of the mean loses."""
+    names = [a.name for a in record.adapters]
+    adapters = _table("adapters", ("adapter", "base", "updates", "rank", "parameters", "|D|", "|D|/|W|"))
+    for a in record.adapters:
+        forms = ", ".join(f"{n} {form}" for form, n in a.forms.items())
+        relative = "-" if a.relative_norm is None else f"{a.relative_norm:.4f}"
+        ranks = f"{a.ranks[0]} to {a.ranks[-1]}" if len(a.ranks) > 1 else "".join(map(str, a.ranks))
+        adapters.add_row(
+            Text(a.name), Text(a.base or "-"), forms, ranks, f"{a.parameters:,}", f"{a.norm:.4g}", relative
+        )
+    cosines = _table("cosine of the updates", ("", *names))
+    for name, row in zip(names, record.overall.cosine, strict=True):
+        cosines.add_row(Text(name), *(f"{value:.3f}" for value in row))
+    layers = _table("layers", ("layer", *(f"|D| {n}" for n in names), "mean cosine", "sign conflict"))
+    for layer, r in [*record.layers.items(), ("all", record.overall)]:
+        pairs = [r.cosine[i][j] for i in range(len(names)) for j in range(i)]
+        mean = f"{sum(pairs) / len(pairs):.3f}" if pairs else "-"
+        layers.add_row(layer, *(f"{n:.4g}" for n in r.norms), mean, f"{r.sign_conflict:.1%}")
+    lost = _table("what a rank-r copy of the mean loses, |lost| / |D|", tuple(f"r {r}" for r in record.lost))
+    lost.add_row(*(f"{value:.2%}" for value in record.lost.values()))
+    return [adapters, cosines, layers, lost]
+
+
+def table(record: RunRecord) -> Table:
+    """The student before, each teacher's branch and the student after each round."""
+    out = Table(
+        title=f"Merge of Thought, {record.before.questions} held-out questions", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for i, name in enumerate(COLUMNS):
+        out.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+    for kind, name, cells in table_rows(record):
+        out.add_row(Text(name), *cells, style="bold" if kind == "merged" else "dim", end_section=kind == "merged")
+    return out
+
+
+def data_tables(record: DataRecord) -> list[RenderableType]:
+    """What became of each teacher's rows, and of each one trace as it is trained on, the trained part »marked«.
+
+    >>> len(data_tables(DataRecord(teachers=())))
+    1
+    """
+    counts = ("rows", "used", "held\nout", "left\nout", "answer\nonly")
+    lengths = ("median\ntokens", "longest\ntrace", "tokens\nin all")
+    out = _table(f"traces by teacher; {record.questions:,} questions", ("teacher", *counts, *lengths))
+    out.padding = (0, 1, 0, 0)  # it fits into 80 columns
+    for column in out.columns:
+        column.vertical = "bottom"
+        column.no_wrap = column not in (out.columns[0], out.columns[4])  # words may wrap, numbers must not
+    for t in record.teachers:
+        left_out = "\n".join(f"{count:,} {reason}" for reason, count in t.left_out.items() if count)
+        before = (f"{n:,}" for n in (t.rows, t.used, t.held_out))
+        after = (f"{n:,}" for n in (t.without_reasoning, t.median_tokens, t.longest_tokens, t.tokens))
+        out.add_row(Text(t.teacher), *before, Text(left_out or "-"), *after)
+    shown: list[RenderableType] = [out]
+    for t in record.teachers:
+        if t.sample:
+            title = Text(f"{t.teacher}, one trace, trained between » and «", style="bold")
+            shown += [title, Padding(_sample(t.sample), (0, 0, 1, 2))]
+    return shown
+
+
+def _sample(segments: Sequence[Segment]) -> Text:
+    out = Text()  # never markup: a trace may say [bold]
+    for trained, pieces in groupby(segments, lambda s: s.trained):
+        text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", "".join(s.text for s in pieces))
+        out.append(f"»{_shorten(text)}«" if trained else _shorten(text), style="bold green" if trained else "dim")
+    out.rstrip()
+    return out
+
+
+def _shorten(text: str) -> str:
+    cut = len(text) - SAMPLE
+    half = SAMPLE // 2
+    return text if cut <= 0 else f"{text[:half]}\n… {cut:,} characters …\n{text[-half:]}"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), min_width=len(title) + 2)
+    for i, name in enumerate(columns):
+        out.add_column(Text(name), justify="right" if i else "left")
+    return out
+
+
+def _more(out: Table, rows: Sequence[str]) -> None:
+    if len(rows) > SHOWN:
+        out.add_row(f"and {len(rows) - SHOWN} more, none worse", style="dim")

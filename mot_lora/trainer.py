@@ -1,0 +1,144 @@
+"""transformers' Trainer with the chunked loss, and the callbacks that watch it."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from mot_lora.errors import DivergedError, writing
+from mot_lora.interruption import Shield
+from mot_lora.loss import batch_loss
+from mot_lora.progress import Progress
+from mot_lora.rundir import Job
+from mot_lora.savepoint import is_sealed, remember_randomness, seal
+from mot_lora.tracking import open_tracker
+
+
+class BranchTrainer(Trainer):
+    """transformers' Trainer with the chunked loss; it counts the tokens that it trained on."""
+
+    def __init__(self, *, chunk: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.chunk = chunk
+        self.trained_tokens = 0
+        # the Trainer then hands over the tokens of the whole step and leaves dividing by them to the loss
+        self.model_accepts_loss_kwargs = True
+
+    @property
+    def losses(self) -> list[float]:
+        """Each step's loss, from the first one on."""
+        return [row["loss"] for row in self.state.log_history if "loss" in row]
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train from the start, or from a checkpoint; one of the last step needs no training."""
+        if checkpoint:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.global_step == state.max_steps:  # the Trainer would take one more
+                self.state = state
+                self._load_from_checkpoint(str(checkpoint))
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def keep(self) -> None:
+        """Save the state after the last whole step, unless that was done."""
+        checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if not is_sealed(checkpoint):
+            self._save_checkpoint(self.model, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # embeddings are never trained, and looking for them would ask the Hub
+        cast("PeftModel", self.model).save_pretrained(str(output_dir), save_embedding_layers=False)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: ARG002
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, count = batch_loss(self.accelerator.unwrap_model(model).get_base_model(), inputs, self.chunk)
+        self.trained_tokens += count
+        assert num_items_in_batch is not None
+        return loss / num_items_in_batch
+
+
+class Watch(TrainerCallback):
+    """Watches the steps: says how far they are, stops what goes astray, and knows the state after the last whole one.
+
+    While the optimizer takes its step, signals wait.
+    """
+
+    def __init__(self, trainer: BranchTrainer, shield: Shield, progress: Progress, start: float, bound: float) -> None:
+        self.trainer = trainer
+        self.shield = shield
+        self.progress = progress
+        self.start = start
+        self.bound = bound  # nats of a uniform guess
+        self.seconds = 0.0  # before this process
+        self.restore: Callable[[], None] | None = None
+
+    @property
+    def spent(self) -> float:
+        """Seconds of training, over all processes."""
+        return self.seconds + time.monotonic() - self.start
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.progress("train", state.global_step, state.max_steps, tokens=self.trainer.trained_tokens)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.shield.hold()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        if not logs or "loss" not in logs:
+            return
+        loss, tokens = logs["loss"], self.trainer.trained_tokens
+        first = self.trainer.losses[0]
+        if not math.isfinite(loss) or loss > first + self.bound:
+            raise DivergedError(
+                f"the loss went from {first:.3f} to {loss:.3f} at step {state.global_step}: lower its "
+                f"learning_rate, now {args.learning_rate:g}"
+            )
+        self.progress("train", state.global_step, state.max_steps, loss=loss, tokens=tokens)
+        randomness = remember_randomness()
+
+        def restore() -> None:
+            randomness()
+            self.trainer.trained_tokens = tokens
+
+        self.restore = restore
+        self.shield.release()
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        seal(checkpoint, self.trainer.trained_tokens, self.spent)
+
+
+class Track(TrainerCallback):
+    """Hands the Trainer's log on to a tracker, with steps that go on across rounds."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.name = name
+        self.job = job
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.before = (self.job.round - 1) * state.max_steps
+        self.log, self.close = open_tracker(self.name, self.job, self.before + state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        if logs and "loss" in logs:
+            values = {k: float(v) for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate")}
+            self.log(values, self.before + state.global_step)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.close()
