@@ -23,18 +23,41 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Merge-of-Thought distillation on one GPU, and PEFT adapters merged and folded right.",
+    epilog="Example: mot-lora init my.yaml, then mot-lora data my.yaml, then mot-lora run my.yaml",
 )
+LOOP, ADAPTERS = "Distill teachers into a student", "Merge adapters that you have"  # how --help groups the commands
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
-ConfigFile = Annotated[Path, typer.Argument(help="a YAML config, e.g. recipes/quickstart.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="settings that replace the file's, e.g. rounds=2")]
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("mot-lora"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What the program takes before a command."""
+
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, e.g. recipes/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that replace the file's, e.g. rounds=2")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def init(
-    config: Annotated[Path, typer.Argument(help="the file to write; it must not exist")] = Path("mot.yaml"),
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the file to write; it must not exist")] = Path(
+        "mot.yaml"
+    ),
     as_json: Json = False,
 ) -> None:
     """Write a config to start from, with every setting and what it means.
@@ -55,7 +78,7 @@ def init(
         print(f"{config}: name your student and teachers in it, then: mot-lora data {config}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what a run would train on: rows used, left out and why, tokens, and a sample with its trained part marked.
 
@@ -81,7 +104,7 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         console.print(shown)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -134,7 +157,7 @@ def run(
     console.print(f"run folder: {settings.output} (report.html is its picture)", soft_wrap=True, highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def show(run_folder: RunFolder, as_json: Json = False) -> None:
     """Say where a run stands: what is finished, what can go on, who is at work on it.
 
@@ -157,7 +180,7 @@ def show(run_folder: RunFolder, as_json: Json = False) -> None:
     console.print(f"{run_folder}: {state.line}", soft_wrap=True, highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def report(
     run_folder: RunFolder,
     out: Annotated[Path | None, typer.Option(help="the page to write; report.html in the run unless given")] = None,
@@ -181,7 +204,7 @@ def report(
         print(out)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOP)
 def export(
     run_folder: RunFolder,
     out: Annotated[Path, typer.Option(help="the folder to write; it must not exist")],
@@ -220,7 +243,7 @@ Spec = Annotated[Path | None, typer.Option(help="a YAML file of these settings, 
 BaseModel = Annotated[str | None, typer.Option("--base", help="the model that the adapters are for")]
 
 
-@app.command()
+@app.command(rich_help_panel=ADAPTERS)
 def merge(
     adapters: Adapters,
     out: Annotated[Path, typer.Option(help="the adapter folder to write; it must not exist")],
@@ -259,7 +282,7 @@ def merge(
     console.print(f"adapter of rank {record.rank}, {lost}: {out}", soft_wrap=True, highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=ADAPTERS)
 def fold(
     base: Annotated[str, typer.Argument(metavar="BASE", help="a model folder or Hub name, in 16 or 32 bits")],
     adapters: Adapters,
@@ -308,7 +331,7 @@ def fold(
     console.print(f"{len(merged.shapes)} modules of {base} updated: {out}", soft_wrap=True, highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=ADAPTERS)
 def inspect(
     adapters: Adapters,
     base: BaseModel = None,

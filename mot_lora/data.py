@@ -128,7 +128,7 @@ class Choice:
                 chosen[i] = result
             else:
                 self.left_out[result] += 1
-            if done % 100 == 0 or done + 1 == len(order):
+            if done % 100 == 99:
                 progress(f"read {self.teacher.name}", done + 1, len(order))
         return [chosen[i] for i in sorted(chosen)]
 

@@ -20,7 +20,8 @@ class DamagedError(UserError):
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(
-            f"{path}: damaged ({why}); run with --repair to set it aside, with what was built on it, and do that again"
+            f"{path}: damaged ({why}); `mot-lora run CONFIG --repair` sets it aside, with what was built on it, and "
+            "does that again"
         )
         self.path = path
 

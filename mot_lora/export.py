@@ -38,8 +38,9 @@ def export(
         raise UserError(f"{path}: no round is better than the student before; choose one with --round")
     if number not in {r.round for r in record.rounds}:
         raise UserError(f"{path}: round {number} is not finished; it has {len(record.rounds)} rounds")
-    checkpoint = Checkpoint.open(config.student)
-    said = rundir.environment()["inputs"]["student"]
+    rundir.check(config)
+    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
+    said = rundir.environment().get("inputs", {}).get("student")
     if checkpoint.fingerprint() != said:
         raise UserError(f"{config.student}: is not the model that {path} was begun with; bring that one back")
     fold_checkpoint(

@@ -43,23 +43,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     tree = _rebase(_read_tree(path), path.parent, str(path))
     for override in overrides:
-        key, eq, value = override.partition("=")
+        key, eq, text = override.partition("=")
         if not eq or not key:
             raise UserError(f"override `{override}` is not key=value, e.g. rounds=2 or branch.steps=20")
-        node: Any = tree
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = cast("dict[str, Any]", node).setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"override `{override}`: `{parent}` has no inner keys")
         try:
-            node[last] = yaml.safe_load(value)
+            value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as e:
             raise UserError(f"override `{override}`: the value is not YAML") from e
+        _set(tree, key.split("."), value, override)
     # what the file says is absolute by now, or a Hub name, which a folder here must not shadow
     given = {o.split("=")[0].split(".")[0] for o in overrides}
     rebased = _rebase({k: v for k, v in tree.items() if k in given}, Path(), str(path))
     return parse_config({**tree, **rebased}, str(path))
+
+
+def _set(node: Any, keys: Sequence[str], value: Any, override: str) -> None:
+    """Put a value at dotted keys of a tree; in a list by its number, from 0."""
+    for i, key in enumerate(keys):
+        last = i + 1 == len(keys)
+        if isinstance(node, list):
+            items = cast("list[Any]", node)
+            if not key.isdecimal() or int(key) >= len(items):
+                raise UserError(f"override `{override}`: `{key}` is none of 0 to {len(items) - 1}")
+            if last:
+                items[int(key)] = value
+            node = items[int(key)]
+        elif isinstance(node, dict):
+            inner = cast("dict[str, Any]", node)
+            if last:
+                inner[key] = value
+            node = inner.setdefault(key, {})
+        else:
+            raise UserError(f"override `{override}`: `{keys[i - 1]}` has no inner keys")
 
 
 def parse_config(tree: Any, source: str) -> Config:

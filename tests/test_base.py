@@ -110,7 +110,7 @@ def test_refuses_what_is_no_16_bit_model(qwen3: Path, tmp_path: Path, make_adapt
     path = damaged("no-weights")
     for file in [*path.glob("*.safetensors"), path / "model.safetensors.index.json"]:
         file.unlink()
-    with pytest.raises(UserError, match=r"no \.safetensors"):
+    with pytest.raises(UserError, match=r"not \.safetensors; convert them"):
         Checkpoint.open(path)
 
     path = damaged("bad-config")

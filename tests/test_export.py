@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mot_lora import UserError, export, run
 from mot_lora.config import Config
+from mot_lora.durable import write_record
 from mot_lora.merge import dare_linear, dare_ties, seed_for, ties
+from mot_lora.records import EvaluationRecord
 
 MakeConfig = Callable[..., Config]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -147,10 +149,19 @@ def test_an_export_refuses_what_it_cannot_do(finished: Config, qwen3: Path, tmp_
     with pytest.raises(UserError, match="is not the model that"):
         export(copy, tmp_path / "out")
 
+    # an adapter with one other bit
+    (copy / "config.yaml").write_text(yaml.safe_dump(said))
+    weights = copy / "round-001" / "b" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"round-001/b/adapter_model\.safetensors: damaged \(its checksum"):
+        export(copy, tmp_path / "out")
+    weights.write_bytes(whole)
+
     # the record of the first round says that nothing got better
     before = copy / "before.json"
-    better = {**json.loads(before.read_text()), "losses": {"a": 0.1}}
-    before.write_text(json.dumps(better))
+    said = EvaluationRecord.model_validate({k: v for k, v in json.loads(before.read_text()).items() if k != "sha256"})
+    write_record(before, said.model_copy(update={"losses": {"a": 0.1}}))
     with pytest.raises(UserError, match="no round is better"):
         export(copy, tmp_path / "out")
     before.unlink()
