@@ -52,7 +52,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"override `{override}`: the value is not YAML") from e
         _set(tree, key.split("."), value, override)
     # what the file says is absolute by now, or a Hub name, which a folder here must not shadow
-    given = {o.split("=")[0].split(".")[0] for o in overrides}
+    keys = [o.split("=")[0].split(".") for o in overrides]
+    given = {k[0] for k in keys if k[-1] in ("student", "teachers", "data", "eval") or k[-2:-1] == ["data"]}
     rebased = _rebase({k: v for k, v in tree.items() if k in given}, Path(), str(path))
     return parse_config({**tree, **rebased}, str(path))
 
@@ -118,7 +119,7 @@ def _parse(kind: type[S], tree: Any, source: str) -> S:
         errors = e.errors(include_url=False)
         # of the branches of a union, the one that was meant
         first = next((x for x in errors if "dict[str,float]" in x["loc"][:-1]), errors[0])
-        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]")]
+        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]", "[key]")]
         loc = " ".join(".".join(map(str, keys)).split())  # one line, whatever the key
         if first["type"] == "extra_forbidden":
             known = _keys_beside(kind, first["loc"])

@@ -5,6 +5,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -17,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,6 +39,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from mot_lora.cli import main
 from mot_lora.config import Config
 from mot_lora.lowrank import Adapter, Factors
 from mot_lora.merged import Merged, combine
@@ -319,3 +323,41 @@ def make_config(tmp_path: Path, qwen3: Path) -> Callable[..., Config]:
         return parse_config({**tree, **settings}, "test")
 
     return make
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(make_config: Callable[..., Config], tmp_path: Path) -> Path:
+    config = make_config(rounds=1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"output"})))
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line: its exit status, and what it printed to both streams."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["mot-lora", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            status: Any = 0
+        except SystemExit as e:
+            status = e.code
+        out = capfd.readouterr()
+        return status, out.out, out.err
+
+    return run
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line of a user's mistake."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"error: .+\n", err), err
+    return err.removeprefix("error: ").rstrip()

@@ -14,24 +14,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import stored
+from conftest import refused, stored
 
 import mot_lora
-from mot_lora.cli import main
 from mot_lora.config import Config
 from mot_lora.reader import load_config
 from mot_lora.records import RunRecord
 
 MakeConfig = Callable[..., Config]
 COMMAND = str(Path(sys.executable).parent / "mot-lora")
-
-
-@pytest.fixture
-def config_file(make_config: MakeConfig, tmp_path: Path) -> Path:
-    config = make_config(rounds=1)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude={"output"})))
-    return path
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -100,33 +91,6 @@ def test_a_mistake_is_one_line_and_status_2(config_file: Path) -> None:
 
 
 # --- in this process, through the same main ------------------------------------------------------
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line: its exit status, and what it printed to both streams."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["mot-lora", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            status: Any = 0
-        except SystemExit as e:
-            status = e.code
-        out = capfd.readouterr()
-        return status, out.out, out.err
-
-    return run
-
-
-def refused(result: tuple[int, str, str]) -> str:
-    """The one line of a user's mistake."""
-    status, out, err = result
-    assert (status, out) == (2, "")
-    assert re.fullmatch(r"error: .+\n", err), err
-    return err.removeprefix("error: ").rstrip()
 
 
 def test_mistakes_name_the_file_or_key(call: Any, config_file: Path, tmp_path: Path) -> None:
