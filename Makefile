@@ -1,13 +1,14 @@
 # make demo   the main job, offline, on the embedded student
 # make test   the fast suite;  make test-slow  what takes minutes
 # make check  format, lint, types, floors
+# make notebooks  executes the notebooks in place
 # make smollm2  a real pretrained student on word problems: hours on two cores
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow check smollm2 clean
+.PHONY: demo test test-slow check notebooks smollm2 clean
 
 demo: .venv/demo
 	$(BIN)/mot-lora run recipes/quickstart.yaml
@@ -23,6 +24,9 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+notebooks: .venv/dev
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 smollm2: .venv/recipes
 	$(BIN)/python recipes/prepare_smollm2.py

@@ -50,7 +50,7 @@ def read_run(rundir: RunDir) -> RunRecord | None:
     best = scores.index(max(scores))
     patience = config.stop.patience
     if patience is not None and len(rounds) - best >= patience:
-        stopped = f"{config.metric} has not improved for {patience} rounds"
+        stopped = f"{config.metric} has not improved for {patience} round{'s' * (patience > 1)}"
     else:
         stopped = "all rounds are done" if len(rounds) == config.rounds else ""
     return RunRecord(

@@ -43,7 +43,7 @@ def report(page: Page) -> str:
         _section("Training loss", _losses(record)),
         _section("Agreement of the teachers", _agreement(record)),
         _section("The update by layer", _layers(record)),
-        _section("Answers before and after", _answers(page.before, page.after, record.best)),
+        _section("Answers before and after", _answers(page.before, page.after, record.best or len(record.rounds))),
         _section("Data", _data(page.data)),
         _section("How it was done", _settings(page.config, page.environment)),
     )
@@ -208,9 +208,9 @@ def _layer_figure(done: RoundRecord, what: Literal["relative_norm", "survived"],
     return _figure(charts.svg(charts.layer_kinds(done, what), what, f"Round {done.round}: {caption}"), caption)
 
 
-def _answers(before: Sequence[Answer], after: Sequence[Answer], best: int) -> str:
+def _answers(before: Sequence[Answer], after: Sequence[Answer], number: int) -> str:
     pairs = [(n, b, a) for n, (b, a) in enumerate(zip(before, after, strict=False), 1) if b.question == a.question]
-    if not best or not pairs:
+    if not pairs:
         shown = "".join(_question("Question", n, a, _answer("Before", a)) for n, a in enumerate(before[:SHOWN], 1))
         return shown or _note("No questions were asked.")
     pairs.sort(key=lambda p: -abs(p[2].score - p[1].score))  # the clearest first, then as they were asked
@@ -221,9 +221,9 @@ def _answers(before: Sequence[Answer], after: Sequence[Answer], best: int) -> st
         "Still right": [p for p in pairs if p[2].score == p[1].score >= 1],
     }
     counts = ", ".join(f"{len(found):,} {kind.lower()}" for kind, found in kinds.items())
-    out = _note(f"Of {len(pairs):,} questions: {counts}. A few of them, before and after round {best}:")
+    out = _note(f"Of {len(pairs):,} questions: {counts}. A few of them, before and after round {number}:")
     return out + "".join(
-        _question(f"{kind}: question", n, a, _answer("Before", b) + _answer(f"After round {best}", a))
+        _question(f"{kind}: question", n, a, _answer("Before", b) + _answer(f"After round {number}", a))
         for kind, found in kinds.items()
         for n, b, a in found[: 1 if kind == "Still right" else SHOWN]
     )

@@ -110,6 +110,7 @@ def run(
     check_targets(checkpoint.path, config.lora, config.trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     data = load_data(config, tokenizer, progress)
+    _check_context(checkpoint, data)
     rundir = RunDir(Path(config.output))
     with rundir.lock():
         if repair:
@@ -285,6 +286,16 @@ class Loop:
             self.progress(f"{name}, {stage}", done, total, note, loss=loss, tokens=tokens)
 
         return watch
+
+
+def _check_context(checkpoint: Checkpoint, data: Data) -> None:
+    limit = checkpoint.config.get("max_position_embeddings")
+    for t in data.record.teachers:
+        if isinstance(limit, int) and t.longest_tokens > limit:
+            raise UserError(
+                f"teacher `{t.teacher}`: a trace has {t.longest_tokens} tokens, but {checkpoint.name} reads at most "
+                f"{limit}; set branch.max_length to {limit} or less"
+            )
 
 
 def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> dict[str, Any]:

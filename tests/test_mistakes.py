@@ -118,6 +118,8 @@ def test_what_is_no_student_is_named(
     (plain / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": None}))
     assert "has no chat template" in refusal(f"student={plain}")
     assert "no causal language model" in refusal(f"student={copy('unknown', model_type='nonsense')}")
+    short = copy("short", max_position_embeddings=9)
+    assert f"but {short} reads at most 9; set branch.max_length to 9 or less" in refusal(f"student={short}")
 
 
 def test_code_that_a_model_brings_is_not_run_unless_asked_for(
