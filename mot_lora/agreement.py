@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mot_lora.lowrank import Adapter, Update, inner
-from mot_lora.records import Tally
+from mot_lora.tally import Tally
 
 
 def tally(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from mot_lora.lowrank import Adapter, Factors, spectrum
 from mot_lora.merged import Merged, combine
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
-from mot_lora.records import AdapterRecord, InspectRecord, LayerRecord, Tally, add_tallies
+from mot_lora.records import AdapterRecord, InspectRecord, LayerRecord
 from mot_lora.sources import check_bases, read_adapters
+from mot_lora.tally import Tally, add_tallies
 
 if TYPE_CHECKING:
     from mot_lora.sources import Source
@@ -47,7 +49,7 @@ def inspect_adapters(
     total = 0.0
     for done, module in enumerate(merged.shapes, 1):
         row = tally(read, module)
-        tallies[module] = row.model_copy(update={"base_sq": placement.base_square(module)}) if placement else row
+        tallies[module] = replace(row, base_sq=placement.base_square(module)) if placement else row
         values = _singular_values(merged, module).square()
         total += float(values.sum())
         for rank in RANKS:

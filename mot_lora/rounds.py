@@ -38,12 +38,11 @@ from mot_lora.records import (
     FoldRecord,
     RoundRecord,
     RunRecord,
-    Tally,
     TrainRecord,
-    add_tallies,
 )
 from mot_lora.report import report
 from mot_lora.rundir import Job, RunDir
+from mot_lora.tally import Tally, add_tallies
 from mot_lora.traces import Example, Question
 from mot_lora.tracking import check_trackers
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mot_lora.agreement import layer_of, tally
 from mot_lora.lowrank import Adapter, Dense, Factors
-from mot_lora.records import FoldRecord, Tally, add_tallies
+from mot_lora.records import FoldRecord
+from mot_lora.tally import Tally, add_tallies
 
 OUT, WIDTH = 6, 9
 
