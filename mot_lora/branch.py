@@ -176,7 +176,7 @@ def train(
 
 
 def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 1,
@@ -198,6 +198,8 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # where there are more, the Trainer would spread each batch over them
+    return arguments
 
 
 def _check_finite(model: PeftModel) -> None:
