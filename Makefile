@@ -1,7 +1,7 @@
 # make demo   the main job, offline, on the embedded student
 # make test   the fast suite;  make test-slow  what takes minutes
 # make check  format, lint, types, floors
-# make notebooks  executes the notebooks in place
+# make notebooks  executes the notebooks and writes them back
 # make smollm2  a real pretrained student on word problems: hours on two cores
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,7 +26,7 @@ check: .venv/dev
 	$(BIN)/pyright
 
 notebooks: .venv/dev
-	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+	$(BIN)/python tests/test_notebooks.py
 
 smollm2: .venv/recipes
 	$(BIN)/python recipes/prepare_smollm2.py

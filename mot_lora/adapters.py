@@ -1,13 +1,14 @@
 """PEFT LoRA adapters from folders and from the Hub."""
 
 import json
-import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from mot_lora.checkpoint import Checkpoint, locate
+from mot_lora.config import compiled
 from mot_lora.errors import UserError
 from mot_lora.kinds import CONFIG_FILE, Base, Source
 from mot_lora.layout import Layout
@@ -15,6 +16,32 @@ from mot_lora.lowrank import Adapter
 from mot_lora.tensorfile import TensorFile
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def _is_pattern(text: str) -> str:
+    compiled(text)
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_is_pattern)]
+
+
+class _Asked(BaseModel):
+    """What is read of an adapter's config, of the types that PEFT writes; the rest is left as it is."""
+
+    r: int | None = None
+    lora_alpha: float | None = None
+    rank_pattern: dict[Pattern, int] | None = None
+    alpha_pattern: dict[Pattern, float] | None = None
+    base_model_name_or_path: str | None = None
+    target_modules: Pattern | list[str] | None = None
+    exclude_modules: Pattern | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[Pattern, list[int]] | None = None
+    bias: str = "none"
 
 
 def load_adapter(
@@ -67,17 +94,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {what}: it has no {CONFIG_FILE}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{file}: not JSON ({e})") from e
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: not a LoRA adapter; only peft_type LORA can be merged")
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
-        try:
-            if not isinstance(pattern, dict):
-                raise TypeError("not a mapping")
-            for regex in pattern:
-                re.compile(rf"(.*\.)?({regex})$")
-        except (TypeError, re.error) as e:
-            raise UserError(f"{file}: {key} must map patterns of module names to numbers ({e})") from e
+    try:
+        _Asked.model_validate(config)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        raise UserError(f"{file}: {first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from e
     return config

@@ -31,7 +31,7 @@ from mot_lora.merge import seed_for
 from mot_lora.progress import Progress, silent
 from mot_lora.records import TrainRecord
 from mot_lora.rundir import Job
-from mot_lora.savepoint import newest
+from mot_lora.savepoint import discard, newest
 from mot_lora.traces import Example
 from mot_lora.trainer import BranchTrainer, Track, Watch
 
@@ -60,6 +60,9 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
         except ValueError as e:
             has = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise UserError(f"lora.target_modules {targets!r} match no layer; the student has {', '.join(has)}") from e
+    said: Any = peft_model.peft_config[ADAPTER]
+    if not isinstance(said.target_modules, str):  # a set, whose order is another in every process; it is written
+        said.target_modules = sorted(said.target_modules or ())
     base: Any = peft_model.get_base_model()
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
@@ -130,6 +133,9 @@ def train(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         found = newest(folder)
+        if found and found[1].learning_rate != settings.learning_rate:  # its optimizer would go on with the old one
+            discard(folder.glob("checkpoint-*"))
+            found = None
         if settings.activation_checkpointing:
             base: Any = model.get_base_model()
             # transformers 5.17 has only the older name
@@ -144,12 +150,13 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)  # progress has its seam
         watch = Watch(trainer, shield, progress, start, bound=math.log(model.config.vocab_size))
+        for name in settings.report_to if job else ():
+            track = Track(name, cast("Job", job))
+            trainer.add_callback(track)  # before the watch, which ends the training: no step goes unlogged
+            stack.callback(track.end)
         trainer.add_callback(watch)
         if found:
             trainer.trained_tokens, watch.seconds = found[1].tokens, found[1].seconds
-        if job:
-            for name in settings.report_to:
-                trainer.add_callback(Track(name, job))
         try:
             trainer.go_on(found[0] if found else None)
             _check_finite(model)

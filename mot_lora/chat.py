@@ -22,7 +22,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # what the libraries raise for a damaged one is of a dozen kinds
         raise UserError(f"{path}: its tokenizer cannot be loaded: {[*str(e).splitlines(), repr(e)][0]}") from e
     if not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer has no chat template; use the chat or instruct form of the model")
@@ -43,7 +43,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -
 
     try:
         text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as e:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
         roles = ", ".join(m["role"] for m in prompt)
         raise UserError(f"the student's chat template does not take a conversation of {roles} ({e})") from e
     assert isinstance(text, str)
@@ -57,9 +57,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Example:
     """
     text, completion = prompt_text(tokenizer, trace.prompt), trace.completion
     if opens_chain(text):
-        completion = completion.removeprefix("<think>").removeprefix("\n")
-    prompt = tokenizer.encode(text, add_special_tokens=False)
-    answer = tokenizer.encode(completion, add_special_tokens=False)
+        # the chain is open: what has none must first close it
+        whole = completion if "</think>" in completion else f"<think>\n\n</think>\n\n{completion}"
+        completion = whole.removeprefix("<think>").removeprefix("\n")
+    # verbose would warn of more tokens than the tokenizer's file says, which branch.max_length is for
+    prompt = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    answer = tokenizer.encode(completion, add_special_tokens=False, verbose=False)
     return Example.after((*prompt, *answer, cast("int", tokenizer.eos_token_id)), len(prompt))
 
 

@@ -49,10 +49,14 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        file = self.path / "config.json"
         try:
-            return cast("dict[str, Any]", json.loads((self.path / "config.json").read_text(encoding="utf-8")))
-        except ValueError as e:
-            raise UserError(f"{self.path / 'config.json'}: not JSON ({e})") from e
+            config: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f"{file}: not JSON ({e})") from e
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: not a model's config: it must hold an object")
+        return cast("dict[str, Any]", config)
 
     @cached_property
     def files(self) -> dict[str, TensorFile]:
@@ -64,7 +68,7 @@ class Checkpoint:
                 shards = sorted({self.path / _plain(file) for file in index["weight_map"].values()})
             except UserError:
                 raise
-            except (ValueError, LookupError, TypeError, AttributeError) as e:
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
                 raise UserError(f"{self.path / INDEX_FILE}: damaged ({e!r}); download the model again") from e
         if not shards:
             raise UserError(

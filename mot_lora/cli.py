@@ -130,18 +130,18 @@ def run(
 
         overrides = [o for o in overrides if not o.startswith("output=")] + [f"output={beside(Path(settings.output))}"]
         settings = load_config(config, overrides)
-    from mot_lora.display import live, screen
-    from mot_lora.rounds import run as run_rounds
-    from mot_lora.rounds import stages
-    from mot_lora.tables import data_tables, table
-
-    console = screen(as_json, quiet)
 
     def started(record: "DataRecord") -> None:
         for shown in [] if quiet else data_tables(record):
             console.print(shown)
 
     try:
+        from mot_lora.display import live, screen
+        from mot_lora.rounds import run as run_rounds
+        from mot_lora.rounds import stages
+        from mot_lora.tables import data_tables, table
+
+        console = screen(as_json, quiet)
         with live(console, stages(settings), quiet) as progress:
             record = run_rounds(settings, progress=progress, repair=repair, started=started)
     except INTERRUPTS as e:

@@ -1,5 +1,6 @@
 """What the columns of a row are called, and what they hold: texts, messages, token ids."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class Cells:
         return {str(name).strip().lower(): name for name in self.row}
 
     @property
+    def taken(self) -> set[str]:
+        """The columns that `columns` says the meaning of."""
+        return set(self.columns.values())
+
+    @property
     def listed(self) -> str:
         return ", ".join(map(str, self.row)) or "no columns"
 
@@ -83,8 +89,8 @@ class Cells:
         return UserError(f"{self.where}: needs {wanted}; it has {self.listed}; say in `columns` which of them is which")
 
     def first(self, names: Sequence[str]) -> Cell | None:
-        """The first of these columns that is filled."""
-        found = [(n, self.row[self.names[n]]) for n in names if n in self.names]
+        """The first of these columns that is filled, of those that `columns` does not name."""
+        found = [(n, self.row[self.names[n]]) for n in names if n in self.names and self.names[n] not in self.taken]
         return next((pair for pair in found if not _empty(pair[1])), None)
 
     def find(self, role: str, names: Sequence[str]) -> Cell | None:
@@ -95,8 +101,7 @@ class Cells:
                 raise UserError(f"{self.where}: `columns` takes {role} from `{name}`, but it has {self.listed}")
             found = [(name, self.row[name])]
         else:
-            taken = set(self.columns.values())
-            found = [(n, self.row[self.names[n]]) for n in names if n in self.names and self.names[n] not in taken]
+            found = [(n, self.row[self.names[n]]) for n in names if n in self.names and self.names[n] not in self.taken]
         filled = [pair for pair in found if not _empty(pair[1])]
         if len(filled) > 1:
             listed = ", ".join(f"`{n}`" for n, _ in filled)
@@ -122,13 +127,21 @@ class Cells:
     def prompt(self, cell: Cell) -> tuple[Message, ...]:
         """What stands before the completion: a question, or the messages of one."""
         value = cell[1]
-        if not isinstance(value, list):
-            turns: tuple[Message, ...] = ({"role": "user", "content": self.text(cell)},)
-            system = self.find("system", ("system", "system_prompt"))
-            return ({"role": "system", "content": self.text(system)}, *turns) if system else turns
-        turns = self.turns(cast("list[Any]", value))
-        if turns[-1]["role"] != "user":
-            raise UserError(f"{self.where}: a prompt must end with the user, not with {turns[-1]['role']}")
+        if isinstance(value, list):
+            turns = self.turns(cast("list[Any]", value))
+            if turns[-1]["role"] != "user":
+                raise UserError(f"{self.where}: a prompt must end with the user, not with {turns[-1]['role']}")
+            return self.after_system(turns)
+        text = self.text(cell)
+        if cell[0] == "instruction" and (more := self.find("input", ("input",))):  # Alpaca's two halves of a question
+            text = f"{text}\n\n{self.text(more)}"
+        return self.after_system(({"role": "user", "content": text},))
+
+    def after_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Turns after the system's message where a column has one and they have none."""
+        system = self.find("system", ("system", "system_prompt"))
+        if system and turns[0]["role"] != "system":
+            return ({"role": "system", "content": self.text(system)}, *turns)
         return turns
 
     def completion(self, cell: Cell) -> str:
@@ -149,10 +162,7 @@ class Cells:
             raise UserError(f"{self.where}: a trace of one role only ({roles[-1]}): it needs a user and an assistant")
         if roles[-2:] not in (["user", "assistant"], ["tool", "assistant"]):
             raise UserError(f"{self.where}: messages must end with a user's and then an assistant's, not {roles}")
-        system = self.find("system", ("system", "system_prompt"))
-        if system and roles[0] != "system":
-            return ({"role": "system", "content": self.text(system)}, *turns)
-        return turns
+        return self.after_system(turns)
 
     def turns(self, value: list[Any]) -> tuple[Message, ...]:
         """Messages as {role, content}, from those and from ShareGPT's {from, value}."""
@@ -189,6 +199,8 @@ class Cells:
 
 
 def _empty(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)  # what tables have where there is no number
     return (
         value is None or (isinstance(value, str | list) and not value) or (isinstance(value, str) and value.isspace())
     )

@@ -260,6 +260,13 @@ class Config(Settings):
     seed: int = 0
     output: str = "runs/run"
 
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_path(cls, output: str) -> str:
+        if not output.strip() or "\0" in output:
+            raise ValueError(f"{output!r} is no folder's name")
+        return output
+
     @field_validator("teachers")
     @classmethod
     def _names_differ(cls, teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:

@@ -56,11 +56,12 @@ def staged(path: Path) -> Generator[Path]:
             partial.mkdir(parents=True)
             yield partial
             for file in partial.iterdir():
-                _sync(file)
+                sync(file)
+            sync(partial)
             if path.exists():  # without its record it was not finished
                 shutil.rmtree(path)
             partial.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -72,11 +73,11 @@ def write_text(path: Path, text: str) -> None:
         partial = path.with_name(f".{path.name}.partial")
         try:
             partial.write_text(text, encoding="utf-8")
-            _sync(partial)
+            sync(partial)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -126,7 +127,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk itself."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

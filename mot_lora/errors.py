@@ -17,6 +17,10 @@ class UserError(ValueError):
     mot_lora.errors.UserError: recipe.yaml: `rouds` is not a setting; did you mean `rounds`?
     """
 
+    def __init__(self, message: str) -> None:
+        line = message.replace("\r", " ").replace("\n", " ")  # whatever a file has put into it
+        super().__init__(line.encode("utf-8", "backslashreplace").decode())  # a lone surrogate cannot be printed
+
 
 class DivergedError(UserError):
     """Training that went astray: a loss or weights that are not finite, or a loss worse than guessing."""
@@ -38,7 +42,8 @@ def writing(path: str | Path) -> Generator[None]:
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "writ" not in str(e):
+        # what torch.save says of a full disk: "failed writing", "iostream error", "inline_container.cc: unexpected pos"
+        if isinstance(e, RuntimeError) and not any(s in str(e) for s in ("writ", "iostream", "inline_container")):
             raise
         reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:200]
         raise UserError(f"{path}: cannot be written ({reason}): is there space, and a permission?") from e

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from mot_lora.config import (
     BranchConfig,
@@ -26,6 +27,8 @@ from mot_lora.errors import UserError
 DEMO = "demo:"  # student: demo:student is the student that the package carries
 # owner/name, or an old name without owner; what ends as a data file does is a file, also where there is none
 HUB_NAME = re.compile(r"(?!.*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# what PyYAML raises for text that is none; beside its own errors those of `!!int ""`, `!!bool x` and `!!timestamp x`
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 S = TypeVar("S", bound=Settings)
 
 
@@ -48,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"override `{override}` is not key=value, e.g. rounds=2 or branch.steps=20")
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as e:
+        except NOT_YAML as e:
             raise UserError(f"override `{override}`: the value is not YAML") from e
         _set(tree, key.split("."), value, override)
     # what the file says is absolute by now, or a Hub name, which a folder here must not shadow
@@ -64,7 +67,7 @@ def _set(node: Any, keys: Sequence[str], value: Any, override: str) -> None:
         last = i + 1 == len(keys)
         if isinstance(node, list):
             items = cast("list[Any]", node)
-            if not key.isdecimal() or int(key) >= len(items):
+            if key not in map(str, range(len(items))):  # int() has its own mind of signs, and of how long a number is
                 raise UserError(f"override `{override}`: `{key}` is none of 0 to {len(items) - 1}")
             if last:
                 items[int(key)] = value
@@ -114,7 +117,11 @@ def _per_module(key: str, text: Any) -> PerModule:
 
 def _parse(kind: type[S], tree: Any, source: str) -> S:
     try:
-        return kind.model_validate(tree)
+        settings = kind.model_validate(tree)
+        settings.model_dump_json()  # as a run's folder keeps it
+        return settings
+    except (UnicodeEncodeError, PydanticSerializationError) as e:
+        raise UserError(f"{source}: a text holds half a character (a lone surrogate)") from e
     except ValidationError as e:
         errors = e.errors(include_url=False)
         # of the branches of a union, the one that was meant
@@ -135,7 +142,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
         tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except NOT_YAML as e:
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a config: it must hold `key: value` lines")

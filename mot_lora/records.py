@@ -11,13 +11,15 @@ from mot_lora.tally import Tally
 class Record(BaseModel):
     """The base of every record: frozen, strict about its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # as null, what is not finite could not be read again
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class EvaluationRecord(Record):
     """How a student did: accuracy (avg@n) with its 95 % interval, and the held-out loss on each teacher's traces.
 
-    `loss` is the mean over teachers, in nats a trained token. What was not measured is None.
+    `loss` is the mean over teachers, in nats a trained token. What was not measured is None. `files` are the sha256 of
+    what lies beside the record, where it is one of its own.
     """
 
     questions: int = 0
@@ -25,6 +27,7 @@ class EvaluationRecord(Record):
     interval: tuple[float, float] | None = None
     losses: dict[str, float] = {}
     seconds: float = 0.0
+    files: dict[str, str] = {}
 
     @property
     def loss(self) -> float | None:
@@ -77,9 +80,10 @@ class BranchRecord(Record):
 
 
 class SealRecord(Record):
-    """A state within a branch, whole: the sha256 of its files; tokens and seconds that training took so far."""
+    """A state within a branch, whole: the sha256 of its files, its learning rate; tokens and seconds that it took."""
 
     files: dict[str, str]
+    learning_rate: float
     tokens: int
     seconds: float
 

@@ -42,6 +42,7 @@ from mot_lora.records import (
 )
 from mot_lora.report import report
 from mot_lora.rundir import Job, RunDir
+from mot_lora.savepoint import discard
 from mot_lora.tally import Tally, add_tallies
 from mot_lora.traces import Example, Question
 from mot_lora.tracking import check_trackers
@@ -130,6 +131,9 @@ def run(
             loop = Loop(config, rundir, checkpoint, tokenizer, data, model, train, evaluate, progress)
             if record is None:
                 loop.before()
+                done = len(cast("RunRecord", read_run(rundir)).rounds)  # before.json alone can have been damaged
+                for _ in fold(model, checkpoint, read_ledger(rundir, done, device)):
+                    pass
             while not (record := cast("RunRecord", read_run(rundir))).stopped:
                 loop.round(len(record.rounds) + 1)
         write_text(rundir.path / "report.html", report(read_page(rundir)))
@@ -169,18 +173,21 @@ class Loop:
     def before(self) -> None:
         """Measure the student before the first round."""
         record, answers = self.measure("before", adapter=False)
-        write_lines(self.rundir.before_answers, answers)
-        write_record(self.rundir.path / "before.json", record)
+        files = {self.rundir.before_answers.name: write_lines(self.rundir.before_answers, answers)}
+        write_record(self.rundir.path / "before.json", record.model_copy(update={"files": files}))
 
     def round(self, number: int) -> None:
         """Train the branches that are not there yet, merge, fold, evaluate; the round's record is written last."""
         names = [t.name for t in self.config.teachers]
         astray: list[str] = []
         for i, teacher in enumerate(self.config.teachers):
-            if self.rundir.branch_record(number, teacher.name) is None:
+            if self.rundir.branch_record(number, teacher.name):
+                clear(self.rundir.job(number, teacher.name))  # a kill can have left it
+            else:
                 try:
                     self.branch(number, teacher)
                 except DivergedError as e:
+                    clear(self.rundir.job(number, teacher.name))  # its states lead astray again
                     astray.append(f"round {number}, teacher `{teacher.name}` (teachers.{i}.learning_rate=...): {e}")
         if astray:
             raise UserError(f"{'; '.join(astray)}; the other branches are kept, the same command goes on")
@@ -246,7 +253,7 @@ class Loop:
                 files=hashes(folder),
             )
             write_record(folder / "branch.json", record)
-        shutil.rmtree(job.state, ignore_errors=True)
+        clear(job)
 
     def fold(self, number: int, merged: Merged) -> dict[str, Tally]:
         """Set the model to W_0 + the ledger with this round's update, and measure what became of it."""
@@ -295,6 +302,12 @@ def _check_context(checkpoint: Checkpoint, data: Data) -> None:
                 f"teacher `{t.teacher}`: a trace has {t.longest_tokens} tokens, but {checkpoint.name} reads at most "
                 f"{limit}; set branch.max_length to {limit} or less"
             )
+
+
+def clear(job: Job) -> None:
+    """Delete the states of a branch at work."""
+    discard(job.state.glob("checkpoint-*"))
+    shutil.rmtree(job.state, ignore_errors=True)
 
 
 def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from mot_lora.columns import MESSAGES
 from mot_lora.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
@@ -25,11 +27,15 @@ def read_rows(source: str | Path, split: str | None = None, subset: str | None =
     >>> read_rows("owner/name", split="train[:100]")  # doctest: +SKIP
     """
     path = Path(source)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as e:
+        raise UserError(f"{source}: cannot be read ({e.strerror}); {HINT}") from e
+    if is_file:
         if split or subset:
             raise UserError(f"{source}: a file has no `split` or `subset`; leave them out")
         rows = list(_read_file(path))
-    elif path.is_dir() or not (path.is_absolute() or has_known_suffix(path)):
+    elif is_folder or not (path.is_absolute() or has_known_suffix(path)):
         rows = _read_dataset(str(source), split, subset)
     else:
         raise UserError(f"{source}: no such file; {HINT}")
@@ -88,8 +94,8 @@ def _json(path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON that can be read ({e})") from e
     if isinstance(whole, dict):
-        lists = [v for v in cast("dict[str, Any]", whole).values() if isinstance(v, list)]
-        whole = lists[0] if len(lists) == 1 and len(cast("dict[str, Any]", whole)) == 1 else [whole]
+        ((name, inner), *others) = [*cast("dict[str, Any]", whole).items()] or [("", None)]
+        whole = inner if isinstance(inner, list) and not others and name not in MESSAGES else [whole]
     if not isinstance(whole, list):
         raise UserError(f"{path}: must hold a list of objects like {EXAMPLE}")
     for number, value in enumerate(cast("list[Any]", whole)):
@@ -114,15 +120,19 @@ def _object(value: Any, where: str) -> Row:
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # a trace is longer than the 128 KiB that a cell may hold by default
     dialect = "excel-tab" if _suffix(path) == ".tsv" else "excel"
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), dialect=dialect, strict=True)
+    # only what the format calls a line's end: str.splitlines would also cut at signs that a cell may hold
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), dialect=dialect, strict=True)
     try:
+        names = reader.fieldnames or ()
+        if twice := next((name for name in names if list(names).count(name) > 1), None):
+            raise UserError(f"{path}: two columns are called `{twice}`")
         for values in reader:
             where = f"{path}:{reader.line_num}"
             if None in values:
                 raise UserError(f"{where}: has more cells than the header has names")
-            yield where, {key: value for key, value in values.items() if value}
+            yield where, {key: value or None for key, value in values.items()}
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({e})") from e
+        raise UserError(f"{path}:{reader.reader.line_num}: not CSV ({e})") from e
 
 
 def _parquet(path: Path) -> Iterator[Row]:

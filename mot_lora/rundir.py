@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import yaml
 
 from mot_lora.config import Config
-from mot_lora.durable import DamagedError, check_files, read_record, write_text
+from mot_lora.durable import DamagedError, beside, check_files, read_record, write_text
 from mot_lora.errors import UserError, writing
-from mot_lora.reader import parse_config
+from mot_lora.reader import NOT_YAML, parse_config
 from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, Record, RoundRecord, SealRecord
 
 R = TypeVar("R", bound=Record)
@@ -75,9 +75,10 @@ class RunDir:
             raise UserError(f"{self.path}: not a run: it has no config.yaml")
         self.environment()
         try:
-            return parse_config(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, *NOT_YAML) as e:
             raise UserError(f"{file}: damaged ({' '.join(str(e).split())})") from e
+        return parse_config(tree, str(file))
 
     def environment(self) -> dict[str, Any]:
         """Versions, device and the fingerprints of the inputs that the run was begun with; empty for none yet."""
@@ -87,7 +88,7 @@ class RunDir:
         try:
             found: Any = json.loads(file.read_text(encoding="utf-8"))
             made = found["format"], found["versions"]["mot-lora"]
-        except (ValueError, LookupError, TypeError) as e:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
             raise DamagedError(file, repr(e)) from e
         if not isinstance(made[0], int) or made[0] > FORMAT:
             raise UserError(f"{self.path}: made by mot-lora {made[1]}, which is newer than this; update mot-lora")
@@ -96,15 +97,17 @@ class RunDir:
     def check(self, config: Config) -> None:
         """Read every finished part. Errors: DamagedError for the first file that is not as it was written."""
         self.environment()
-        self.before()
+        if before := self.before():
+            check_files(self.path, before.files)
         for number in range(1, config.rounds + 1):
+            record = self.round_record(number)
             for name in (t.name for t in config.teachers):
                 if branch := self.branch_record(number, name):
                     check_files(self.branch(number, name), branch.files)
-            record = self.round_record(number)
-            if record is None:
-                break
-            check_files(self.round(number), record.files)
+                elif record:
+                    raise DamagedError(self.branch(number, name) / "branch.json", "it is not there")
+            if record:
+                check_files(self.round(number), record.files)
         for file in sorted(self.path.glob(f"round-*/.*.training/checkpoint-*/{SEAL}")):
             if sealed := read_record(file, SealRecord):
                 check_files(file.parent, sealed.files)
@@ -118,19 +121,21 @@ class RunDir:
                 return aside if aside.exists() else None
             except DamagedError as e:
                 for path in self._built_on(e.path):
-                    target = aside / path.relative_to(self.path)
+                    target = beside(aside / path.relative_to(self.path))
                     target.parent.mkdir(parents=True, exist_ok=True)
                     path.rename(target)
 
     def _built_on(self, path: Path) -> list[Path]:
         """A part of the run, as it has to be set aside: whole branches, and all rounds after."""
         first, *rest = path.relative_to(self.path).parts
+        if path in (self.path / "before.json", self.before_answers):
+            return [p for p in (self.path / "before.json", self.before_answers) if p.exists()]
         if not first.startswith("round-"):
             return [path]
         begun = self.round(int(first.removeprefix("round-")))
         later = [p for p in sorted(self.path.glob("round-*")) if p.name > first]
         branch = [begun / rest[0]] if len(rest) > 1 else []
-        return [*branch, *(p for p in (begun / "round.json", begun / "answers.jsonl") if p.exists()), *later]
+        return [p for p in (*branch, begun / "round.json", begun / "answers.jsonl", *later) if p.exists()]
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
         """Write what was asked and with what, or check that a run found here was asked the same; under the lock.
@@ -138,7 +143,8 @@ class RunDir:
         Errors: UserError, which names the settings or inputs that differ.
         """
         asked = config.model_dump(mode="json")
-        if (self.path / "before.json").exists():  # the first thing finished
+        begun = [p for p in (self.path / "before.json", *self.path.glob("round-*")) if p.exists()]
+        if begun:
             found = self.config().model_dump(mode="json")
             changed = [k for k in _differences(found, asked) if not MAY_CHANGE.fullmatch(k)]
             if changed:
@@ -152,7 +158,7 @@ class RunDir:
                     f"{self.path}: was begun with other inputs ({', '.join(changed)} changed since); "
                     "bring them back, or begin anew beside it with --from-scratch"
                 )
-        if not self.environment() or not (self.path / "before.json").exists():
+        if not self.environment() or not begun:
             text = json.dumps({"format": FORMAT, **environment}, indent=2) + "\n"
             write_text(self.path / "environment.json", text)
         write_text(self.path / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))

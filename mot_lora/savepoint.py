@@ -2,25 +2,33 @@
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mot_lora.durable import check_files, read_record, sha256, write_record
+from mot_lora.durable import check_files, read_record, sha256, sync, write_record
 from mot_lora.records import SealRecord
 from mot_lora.rundir import SEAL
 
 
-def seal(checkpoint: Path, tokens: int, seconds: float) -> None:
+def seal(checkpoint: Path, learning_rate: float, tokens: int, seconds: float) -> None:
     """Declare a checkpoint whole, by a record of its files that is written last; older ones then go."""
     files = {str(f.relative_to(checkpoint)): f for f in sorted(checkpoint.rglob("*")) if f.is_file() and f.name != SEAL}
-    record = SealRecord(files={name: sha256(f) for name, f in files.items()}, tokens=tokens, seconds=seconds)
+    for file in (*files.values(), checkpoint):  # a seal must not outlive in a power cut what it vouches for
+        sync(file)
+    checksums = {name: sha256(f) for name, f in files.items()}
+    record = SealRecord(files=checksums, learning_rate=learning_rate, tokens=tokens, seconds=seconds)
     write_record(checkpoint / SEAL, record)
-    for other in checkpoint.parent.glob("checkpoint-*"):
-        if other != checkpoint:
-            shutil.rmtree(other)
+    discard(p for p in checkpoint.parent.glob("checkpoint-*") if p != checkpoint)
+
+
+def discard(checkpoints: Iterable[Path]) -> None:
+    """Delete checkpoints, the seals first: what a kill leaves of one is then not taken for damaged."""
+    for checkpoint in list(checkpoints):
+        (checkpoint / SEAL).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def newest(folder: Path) -> tuple[Path, SealRecord] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mot_lora.columns import GOLD, MESSAGES, QUESTION, REASONING, RESPONSE, RIGHT, WRITTEN, Cell, Cells, Message
 from mot_lora.errors import UserError
@@ -72,7 +72,7 @@ def read_trace(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | 
     '<think>\n1 + 1 = 2\n</think>\n\n2'
     """
     cells = Cells(row, where, columns or {})
-    if "input_ids" in cells.names or "input_ids" in cells.columns:
+    if "input_ids" in cells.columns or (cells.find("input_ids", ("input_ids",)) and not {*cells.columns} & {*TEXTS}):
         return _example(cells)
     gold = cells.find("gold", GOLD)
     if messages := cells.find("messages", MESSAGES):
@@ -111,7 +111,12 @@ def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str]
     prompt = [m for m in cells.prompt(question) if m["role"] == "user"]
     if len(prompt) != 1:
         raise UserError(f"{where}: `{question[0]}` must ask one thing, not hold {len(prompt)} turns of a user")
-    return Question(prompt[0]["content"], final_part(cells.text(gold)))
+    if not (right := final_part(cells.text(gold))):
+        raise UserError(f"{where}: `{gold[0]}` has nothing after ####")
+    return Question(prompt[0]["content"], right)
+
+
+TEXTS = ("messages", "question")  # who names one of these in `columns` wants no token ids
 
 
 def final_part(answer: str) -> str:
@@ -120,8 +125,11 @@ def final_part(answer: str) -> str:
 
 
 def _gold(cell: Cell | None) -> str | None:
+    value = cell[1] if cell else None
+    if isinstance(value, list) and len(cast("list[Any]", value)) == 1:
+        value = cast("list[Any]", value)[0]
     # what is no text cannot be judged by, and only some runs want it
-    return final_part(str(cell[1])) if cell and isinstance(cell[1], str | int | float) else None
+    return final_part(str(value)) or None if isinstance(value, str | int | float) else None
 
 
 def _example(cells: Cells) -> Example:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,10 +14,13 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Errors: UserError for a tracker whose package is not installed."""
+    """Errors: UserError for a tracker whose package is not installed, or not whole."""
     for name in names:
-        if find_spec(name) is None:
-            raise UserError(f"branch.report_to: {name} is not installed; pip install {name}, or leave it out")
+        try:
+            import_module(name)
+        except ImportError as e:
+            why = "is not installed" if find_spec(name) is None else f"cannot be imported ({e})"
+            raise UserError(f"branch.report_to: {name} {why}; pip install {name}, or leave it out") from e
 
 
 def open_tracker(name: str, job: Job, step: int) -> tuple[Log, Callable[[], None]]:

@@ -10,13 +10,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from mot_lora.errors import DivergedError, writing
 from mot_lora.interruption import Shield
 from mot_lora.loss import batch_loss
 from mot_lora.progress import Progress
 from mot_lora.rundir import Job
-from mot_lora.savepoint import is_sealed, remember_randomness, seal
+from mot_lora.savepoint import discard, is_sealed, remember_randomness, seal
 from mot_lora.tracking import open_tracker
 
 
@@ -43,7 +44,12 @@ class BranchTrainer(Trainer):
                 self.state = state
                 self._load_from_checkpoint(str(checkpoint))
                 return
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        said = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of another save_steps than the checkpoint's, which may change
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            logging.set_verbosity(said)
 
     def keep(self) -> None:
         """Save the state after the last whole step, unless that was done."""
@@ -53,7 +59,9 @@ class BranchTrainer(Trainer):
             self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with writing(Path(str(self.args.output_dir))):
+        folder = Path(str(self.args.output_dir))
+        with writing(folder):
+            discard([folder / f"checkpoint-{self.state.global_step}"])  # what a stop left of it, half-written
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -109,7 +117,6 @@ class Watch(TrainerCallback):
                 f"the loss went from {first:.3f} to {loss:.3f} at step {state.global_step}: lower its "
                 f"learning_rate, now {args.learning_rate:g}"
             )
-        self.progress("train", state.global_step, state.max_steps, loss=loss, tokens=tokens)
         randomness = remember_randomness()
 
         def restore() -> None:
@@ -117,11 +124,12 @@ class Watch(TrainerCallback):
             self.trainer.trained_tokens = tokens
 
         self.restore = restore
+        self.progress("train", state.global_step, state.max_steps, loss=loss, tokens=tokens)
         self.shield.release()
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        seal(checkpoint, self.trainer.trained_tokens, self.spent)
+        seal(checkpoint, args.learning_rate, self.trainer.trained_tokens, self.spent)
 
 
 class Track(TrainerCallback):
@@ -130,6 +138,7 @@ class Track(TrainerCallback):
     def __init__(self, name: str, job: Job) -> None:
         self.name = name
         self.job = job
+        self.close: Callable[[], None] | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.before = (self.job.round - 1) * state.max_steps
@@ -140,5 +149,7 @@ class Track(TrainerCallback):
             values = {k: float(v) for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate")}
             self.log(values, self.before + state.global_step)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.close()
+    def end(self) -> None:
+        """Close the log, also of a branch that went astray: the next one has its own."""
+        if self.close:
+            self.close()

@@ -13,11 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora import UserError, branch
 from mot_lora.base import load_model, read_weight
 from mot_lora.branch import add_adapter, reset_adapter, train
+from mot_lora.chat import collate, encode, load_tokenizer
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
-from mot_lora.data import Example, Trace, collate, encode, load_tokenizer
+from mot_lora.errors import DivergedError
 from mot_lora.loss import IGNORE
+from mot_lora.reader import demo_path
 from mot_lora.records import TrainRecord
+from mot_lora.traces import Example, Trace
 
 CPU = torch.device("cpu")
 
@@ -314,26 +317,51 @@ def test_the_learning_rate_follows_the_schedule(
     assert [r / 2e-3 for r in rates] == pytest.approx(want, abs=1e-6)
 
 
-def test_progress_sees_every_step_and_its_loss(
+def test_progress_sees_every_step_its_loss_and_the_tokens_so_far(
     qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[tuple[str, int, int, str]] = []
+    seen: list[tuple[str, int, int, float | None]] = []
+    counted: list[int] = []
 
-    def progress(stage: str, done: int, total: int, note: str = "") -> None:
-        seen.append((stage, done, total, note))
+    def progress(stage: str, done: int, total: int, note: str = "", *, loss: Any = None, tokens: Any = None) -> None:
+        assert note == ""
+        seen.append((stage, done, total, loss))
+        counted.append(tokens)
 
     record = train(new_model(qwen3), tokenizer, examples, settings(), seed=0, progress=progress)
     assert [(stage, done, total) for stage, done, total, _ in seen] == [("train", i, 4) for i in range(5)]
-    losses = [float(note.removeprefix("loss ")) for *_, note in seen[1:]]
-    assert sum(losses) / 4 == pytest.approx(record.loss, abs=1e-3)
+    assert tuple(loss for *_, loss in seen[1:]) == record.losses
+    assert seen[0][-1] is None
+    assert sum(record.losses) / 4 == pytest.approx(record.loss)
+    assert counted == sorted(set(counted))
+    assert (counted[0], counted[-1]) == (0, record.tokens)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_loss_that_is_not_finite_ends_the_branch(
+def test_a_branch_that_goes_astray_says_from_where_to_where_and_what_to_lower(
     qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> None:
-    with pytest.raises(UserError, match=r"loss became .*branch\.learning_rate"):
+    with pytest.raises(DivergedError, match=r"from 6\.\d+ to nan at step 2: lower its learning_rate, now 1e\+30") as e:
         train(new_model(qwen3), tokenizer, examples, settings(learning_rate=1e30), seed=0)
+    assert "\n" not in str(e.value)
+
+
+def test_a_loss_that_explodes_and_stays_finite_ends_the_branch_too() -> None:
+    # a student that has learned something can become worse than guessing; a random one cannot
+    path = demo_path("student")
+    model = new_model(path, "none")
+    rows = [encode(load_tokenizer(path), Trace(({"role": "user", "content": "1 + 1 = ?"},), "It is 2."))]
+    chosen = settings(steps=40, learning_rate=3.0, max_grad_norm=1e9)
+    with pytest.raises(DivergedError, match=r"the loss went from \d\.\d+ to \d+\.\d+ at step \d+: lower"):
+        train(model, load_tokenizer(path), rows, chosen, seed=0)
+
+
+def test_weights_that_are_not_finite_after_the_last_step_end_the_branch(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    # no loss comes after the last step that could tell
+    with pytest.raises(DivergedError, match=r"lora_\S+ is not finite after the last step: lower its learning_rate"):
+        train(new_model(qwen3), tokenizer, examples, settings(steps=1, learning_rate=1e39), seed=0)
 
 
 def test_the_saved_adapter_is_what_was_trained(

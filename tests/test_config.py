@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from pydantic import ValidationError
 
-from mot_lora.config import Config, first_match, for_module
+from mot_lora.config import (
+    BranchConfig,
+    Config,
+    EvalConfig,
+    LoraConfig,
+    MergeConfig,
+    Settings,
+    StopConfig,
+    TeacherConfig,
+    first_match,
+    for_module,
+)
 from mot_lora.errors import UserError
 from mot_lora.reader import demo_path, load_config, load_merge, parse_config
 
@@ -86,6 +98,39 @@ def test_what_is_left_out_has_the_documented_default(write: Write) -> None:
 def test_epochs_take_the_place_of_steps(write: Write) -> None:
     branch = load_config(write({**MINIMAL, "branch": {"epochs": 1.5}})).branch
     assert (branch.steps, branch.epochs) == (None, 1.5)
+
+
+def test_a_teacher_says_what_is_read_of_it(write: Write) -> None:
+    teacher = {
+        "name": "a",
+        "data": "owner/name",
+        "split": "train[:10]",
+        "subset": "main",
+        "columns": {"question": "Frage", "gold": "answer"},
+        "samples": 7,
+        "seed": 3,
+        "verified_only": True,
+        "learning_rate": "5e-5",  # YAML reads 5e-5 as text
+    }
+    tree = {**MINIMAL, "teachers": [teacher, {"name": "b", "data": "b.jsonl"}]}
+    tree["eval"] = {"data": "x.jsonl", "split": "test", "subset": "s", "columns": {"gold": "g"}, "overlap": 8}
+    tree |= {"branch": {"save_steps": 5, "report_to": "wandb"}, "trust_remote_code": True}
+    config = load_config(write(tree))
+    assert config.teachers[0].model_dump() == {**teacher, "learning_rate": 5e-5}
+    plain = config.teachers[1]
+    assert (plain.split, plain.subset, plain.columns, plain.samples, plain.seed) == (None, None, {}, None, None)
+    assert (plain.verified_only, plain.learning_rate) == (False, None)
+    assert (config.eval.split, config.eval.subset, config.eval.columns) == ("test", "s", {"gold": "g"})
+    assert (config.eval.overlap, config.branch.save_steps, config.trust_remote_code) == (8, 5, True)
+    assert config.branch.report_to == ("wandb",)
+    assert load_config(write({**MINIMAL, "branch": {"report_to": ["trackio", "tensorboard"]}})).branch.report_to == (
+        "trackio",
+        "tensorboard",
+    )
+    default = load_config(write(MINIMAL))
+    assert (default.branch.report_to, default.branch.save_steps, default.eval.overlap) == ((), None, 13)
+    assert default.trust_remote_code is False
+    assert load_config(write(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
 def test_a_config_survives_being_written_and_read(write: Write) -> None:
@@ -246,8 +291,8 @@ def test_paths_are_relative_to_the_file(write: Write, monkeypatch: pytest.Monkey
     for path in (file, Path("../recipes/recipe.yaml")):
         config = load_config(path)
         assert config.student == str(tmp_path / "student")
-        assert config.teachers[0].files == (str(tmp_path / "data" / "a.jsonl"),)
-        assert config.teachers[1].files == (str(tmp_path / "recipes" / "b.jsonl"), "/abs/c.jsonl")
+        assert config.teachers[0].sources == (str(tmp_path / "data" / "a.jsonl"),)
+        assert config.teachers[1].sources == (str(tmp_path / "recipes" / "b.jsonl"), "/abs/c.jsonl")
         assert config.eval.data == str(tmp_path / "recipes" / "test.jsonl")
 
 
@@ -270,7 +315,7 @@ def test_paths_of_overrides_are_relative_to_the_working_folder(
     )
     assert config.eval.data == str(tmp_path / "elsewhere" / "x.jsonl")
     assert config.student == str(tmp_path / "elsewhere" / "model")
-    assert config.teachers[0].files == (str(tmp_path / "elsewhere" / "y.jsonl"),)
+    assert config.teachers[0].sources == (str(tmp_path / "elsewhere" / "y.jsonl"),)
 
 
 def test_a_student_that_is_no_folder_is_a_name_on_the_hub(write: Write) -> None:
@@ -293,15 +338,102 @@ def test_demo_paths_are_files_of_the_package(write: Write) -> None:
     config = load_config(write(tree))
     assert config.student == str(demo_path("student"))
     assert Path(config.student).is_dir()
-    assert config.teachers[0].files == (str(demo_path("teachers/steps.jsonl")),)
+    assert config.teachers[0].sources == (str(demo_path("teachers/steps.jsonl")),)
     assert config.eval.data == str(demo_path("heldout.jsonl"))
     assert load_config(write(MINIMAL), ["student=demo:student"]).student == config.student
+
+
+HUB = ["open-r1/OpenR1-Math-220k", "gsm8k", "owner/name.v1.2", "my_org/data-set"]
+FILES = [
+    "traces/qwq.jsonl",
+    "qwq.jsonl",
+    "a/b/c",
+    "./data",
+    "../data",
+    "x.parquet",
+    "x.csv.gz",
+    "a b",
+    "owner/name/",
+    "x.txt",
+]
+
+
+def test_data_may_be_on_the_hub_and_a_path_is_one_also_where_nothing_is(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tree = {**MINIMAL, "teachers": [{"name": "a", "data": [*HUB, *FILES]}], "eval": {"data": HUB[0]}}
+    file = write(tree)
+    (tmp_path / "elsewhere" / HUB[0]).mkdir(parents=True)  # of the working folder, which the file knows nothing of
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for overrides in ((), ("rounds=2",), ("eval.limit=3",), ("eval.limit=3", "eval.batch_size=2")):
+        config = load_config(file, overrides)
+        sources = config.teachers[0].sources
+        assert sources[: len(HUB)] == tuple(HUB)
+        assert sources[len(HUB) :] == tuple(str((tmp_path / "recipes" / f).resolve()) for f in FILES)
+        assert config.eval.data == HUB[0]
+    assert load_config(file, [f"eval.data={HUB[0]}"]).eval.data == str(tmp_path / "elsewhere" / HUB[0])
+    assert load_config(file, [f"eval={{data: {HUB[1]}}}"]).eval.data == HUB[1]
+    # what is there beside the file is meant
+    (tmp_path / "recipes" / "gsm8k").mkdir()
+    assert load_config(file).teachers[0].sources[1] == str(tmp_path / "recipes" / "gsm8k")
 
 
 def test_home_is_known(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     config = load_config(write({**MINIMAL, "eval": {"data": "~/test.jsonl"}}))
     assert config.eval.data == str(tmp_path / "home" / "test.jsonl")
+
+
+# --- the template of `mot-lora init` -------------------------------------------------------------------
+
+TEMPLATE = (demo_path().parent / "template.yaml").read_text(encoding="utf-8")
+GROUPS: dict[str, type[Settings]] = {
+    "branch": BranchConfig,
+    "lora": LoraConfig,
+    "merge": MergeConfig,
+    "eval": EvalConfig,
+    "stop": StopConfig,
+}
+
+
+def uncommented(text: str) -> dict[str, Any]:
+    """The template's settings, with those that stand in comments."""
+    return yaml.safe_load(re.sub(r"^( *)# (?=[a-z_]+: )", r"\1", text, flags=re.MULTILINE))
+
+
+def test_the_template_is_a_config(write: Write) -> None:
+    config = load_config(write(TEMPLATE))
+    assert [t.name for t in config.teachers] == ["first", "second"]
+    assert config.student == "Qwen/Qwen3-0.6B"
+    assert config.merge == MergeConfig()
+    assert config.metric == "loss"
+
+
+def test_every_setting_of_the_template_is_one_also_where_it_is_a_comment(write: Write) -> None:
+    tree = uncommented(TEMPLATE)
+    assert tree["merge"].pop("density") == 0.5  # which linear does not take
+    config = load_config(write(tree))
+    assert config.teachers[0].samples == 1000
+    assert config.teachers[0].columns["gold"] == "expected_answer"
+    tree["merge"] = {**tree["merge"], "method": "ties", "density": 0.5}
+    assert load_config(write(tree)).merge.density == 0.5
+
+
+def test_the_template_says_every_setting_that_there_is() -> None:
+    tree = uncommented(TEMPLATE)
+    assert set(tree) == set(Config.model_fields)
+    assert set(tree["teachers"][0]) == set(TeacherConfig.model_fields)
+    for name, group in GROUPS.items():
+        here = set(tree[name]) | ({"epochs"} if name == "branch" else set())  # in the place of steps
+        assert here == set(group.model_fields), name
+
+
+def test_what_the_template_says_in_comments_is_the_default() -> None:
+    spoken, plain = uncommented(TEMPLATE), yaml.safe_load(TEMPLATE)
+    apart = {"report_to", "weights", "density", "space", "data", "limit", "split", "subset", "columns", "samples"}
+    for name, group in GROUPS.items():
+        for key in set(spoken[name]) - set(plain[name] or {}) - apart - {"temperature", "top_p"}:
+            assert spoken[name][key] == group.model_fields[key].default, (name, key)
 
 
 # --- overrides ---------------------------------------------------------------------------------------
@@ -330,6 +462,18 @@ def test_overrides_reach_inner_keys_and_hold_yaml(write: Write) -> None:
     assert load_config(file, ["rounds=1", "rounds=2"]).rounds == 2
 
 
+def test_overrides_reach_into_lists_by_number(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        write(FULL),
+        ["teachers.0.name=z", "teachers.1.data.0=x.jsonl", "teachers.1.columns.gold=y", "merge.weights.1=9"],
+    )
+    assert [t.name for t in config.teachers] == ["z", "b"]
+    assert config.teachers[1].sources == (str(tmp_path / "x.jsonl"), str(tmp_path / "recipes" / "c.jsonl"))
+    assert config.teachers[1].columns == {"gold": "y"}
+    assert config.merge.weights == (1, 9)
+
+
 def test_overrides_make_groups_that_the_file_lacks(write: Write) -> None:
     assert load_config(write(MINIMAL), ["branch.steps=3", "branch.batch_size=2"]).branch.steps == 3
 
@@ -340,8 +484,16 @@ def test_overrides_make_groups_that_the_file_lacks(write: Write) -> None:
         ("rounds", ["`rounds`", "not key=value"]),
         ("=3", ["`=3`", "not key=value"]),
         ("rounds.x=3", ["`rounds.x=3`", "`rounds` has no inner keys"]),
-        ("teachers.0.name=z", ["`teachers` has no inner keys"]),
+        ("teachers.2.name=z", ["`teachers.2.name=z`", "`2` is none of 0 to 1"]),
+        ("teachers.-1.name=z", ["`-1` is none of 0 to 1"]),
+        ("teachers.+1.name=z", ["`+1` is none of 0 to 1"]),
+        ("teachers.a.name=z", ["`a` is none of 0 to 1"]),
+        (f"teachers.{'9' * 5000}.name=z", ["is none of 0 to 1"]),
+        ("teachers.0.name.first=z", ["`name` has no inner keys"]),
+        ("teachers.0.name=b", ["twice: b"]),
         ("rounds=[1", ["`rounds=[1`", "not YAML"]),
+        ("rounds=!!int ", ["`rounds=!!int `", "not YAML"]),
+        ("branch.max_lenght=3", ["`branch.max_lenght`", "did you mean `max_length`?"]),
         ("rounds=2026-13-45", ["rounds"]),
         ("seed=0x_", ["seed"]),
         ("rouds=3", ["recipe.yaml", "`rouds`", "`rounds`"]),
@@ -426,7 +578,7 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"stop": {"metric": "loss"}, "eval": {"holdout": 0}}, ["stop.metric", "`eval.holdout`"]),
         ({"eval": {"holdout": 0}}, ["stop.metric", "`eval.holdout`"]),
         ({"stop": {"patience": 0}}, ["`stop.patience`"]),
-        ({"teachers": []}, ["`teachers`", "at least 1"]),
+        ({"teachers": []}, ["`teachers`", "at least one"]),
         ({"teachers": "a.jsonl"}, ["`teachers`"]),
         ({"teachers": ["a.jsonl"]}, ["`teachers.0`"]),
         ({"teachers": [{"name": "a"}]}, ["`teachers.0.data`"]),
@@ -436,7 +588,38 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"teachers": [{"name": "", "data": "x"}]}, ["`teachers.0.name`"]),
         ({"teachers": [{"name": "a\n", "data": "x"}]}, ["`teachers.0.name`"]),
         ({"teachers": [{"name": "a", "data": "x"}, {"name": "a", "data": "y"}]}, ["`teachers`", "twice: a"]),
+        ({"teachers": [{"name": "a", "data": "x"}, {"name": "A", "data": "y"}]}, ["`teachers`", "twice: a"]),
+        ({"teachers": [{"name": "Straße", "data": "x"}]}, ["`teachers.0.name`", "letters, digits"]),
+        ({"teachers": [{"name": "a.b", "data": "x"}]}, ["`teachers.0.name`", "`a.b` also names a folder"]),
+        ({"teachers": [{"name": 7, "data": "x"}]}, ["`teachers.0.name`", "string"]),
         ({"teachers": [{"name": "a", "data": []}]}, ["teachers.0.data"]),
+        ({"teachers": [{"name": "a", "data": {"x": "y"}}]}, ["teachers.0.data"]),
+        ({"teachers": [{"name": "a", "data": ["x", 7]}]}, ["teachers.0.data"]),
+        ({"teachers": [{"name": "a", "data": "x", "samples": 0}]}, ["`teachers.0.samples`", "1"]),
+        ({"teachers": [{"name": "a", "data": "x", "samples": 1.5}]}, ["`teachers.0.samples`", "integer"]),
+        ({"teachers": [{"name": "a", "data": "x", "seed": "x"}]}, ["`teachers.0.seed`", "integer"]),
+        ({"teachers": [{"name": "a", "data": "x", "verified_only": "often"}]}, ["`teachers.0.verified_only`", "bool"]),
+        ({"teachers": [{"name": "a", "data": "x", "learning_rate": 0}]}, ["`teachers.0.learning_rate`"]),
+        ({"teachers": [{"name": "a", "data": "x", "verified": True}]}, ["did you mean `verified_only`?"]),
+        ({"teachers": [{"name": "a", "data": "x", "spilt": "t"}]}, ["`teachers.0.spilt`", "did you mean `split`?"]),
+        ({"teachers": [{"name": "a", "data": "x", "columns": {"gold": 3}}]}, ["`teachers.0.columns.gold`", "string"]),
+        (
+            {"teachers": [{"name": "a", "data": "x", "columns": {"goal": "y"}}]},
+            ["columns.goal", "'gold'", "'reasoning'"],
+        ),
+        ({"teachers": [{"name": "a", "data": "x", "columns": ["gold"]}]}, ["`teachers.0.columns`", "dictionary"]),
+        ({"eval": {"columns": {"answers": "y"}}}, ["`eval.columns.answers", "'answer'"]),
+        ({"eval": {"overlap": -1}}, ["`eval.overlap`"]),
+        ({"eval": {"limit": 0}}, ["`eval.limit`"]),
+        ({"eval": {"data": ["a", "b"]}}, ["`eval.data`", "string"]),
+        ({"branch": {"save_steps": 0}}, ["`branch.save_steps`"]),
+        ({"branch": {"report_to": "tensorbord"}}, ["`branch.report_to", "'tensorboard'"]),
+        ({"branch": {"max_length": 1}}, ["`branch.max_length`"]),
+        ({"trust_remote_code": "perhaps"}, ["`trust_remote_code`", "bool"]),
+        ({"student": "x\ud800"}, ["`student`", "not a usable path"]),
+        ({"output": "x\ud800"}, ["half a character"]),
+        ({"output": "x\0y"}, ["`output`", "no folder's name"]),
+        ({"output": ""}, ["`output`", "no folder's name"]),
         ({"student": None}, ["`student`"]),
         ({"student": 5}, ["`student`"]),
         ({"rounds": 0}, ["`rounds`"]),
@@ -470,6 +653,10 @@ def test_a_missing_key_is_named(write: Write, key: str) -> None:
         ("student: !!python/object:os.system x\n", "not YAML"),
         ("seed: 2026-13-45\n", "not YAML"),
         ("seed: 0x_\n", "not YAML"),
+        ("seed: !!int ''\n", "not YAML"),
+        ("seed: !!bool x\n", "not YAML"),
+        ("seed: !!timestamp x\n", "not YAML"),
+        ("[" * 2000, "not YAML"),
         ("[a]: b\n? {c: d}\n: e\n", "recipe.yaml"),
         ("eval: {data: &x [*x]}\nstudent: s\nteachers: [{name: a, data: b}]\n", "eval.data"),
         (yaml.safe_dump({**MINIMAL, "student": "~nobody-of-this-name/x"}), "student"),

@@ -12,10 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from mot_lora.base import load_model
 from mot_lora.branch import add_adapter, reset_adapter
+from mot_lora.chat import collate, encode, load_tokenizer, prompt_text
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import EvalConfig, LoraConfig
-from mot_lora.data import Example, Question, Trace, collate, encode, load_tokenizer, prompt_text
-from mot_lora.evaluate import evaluate, generate, held_out_loss
+from mot_lora.evaluate import evaluate, generate, held_out_losses
+from mot_lora.traces import Example, Question, Trace
 
 CPU = torch.device("cpu")
 QUESTIONS = [Question("7 + " * n + "1 = ?", "8") for n in (5, 1, 9, 3, 7, 2, 12)]
@@ -83,7 +84,7 @@ def test_batched_answers_are_those_of_one_at_a_time_in_order(
     assert len({w[0] for w in want}) == len(QUESTIONS)
     seen: list[tuple[int, int]] = []
 
-    def progress(stage: str, done: int, total: int, note: str = "") -> None:
+    def progress(stage: str, done: int, total: int, note: str = "", **_: Any) -> None:
         assert (stage, note) == ("answer", "")
         seen.append((done, total))
 
@@ -201,7 +202,7 @@ def test_the_held_out_loss_is_the_mean_over_trained_tokens(
     for batch_size in (1, 2, 16):
         settings = EvalConfig(batch_size=batch_size)
         with torch.no_grad():
-            assert held_out_loss(model, tokenizer, rows["a"], settings) == pytest.approx(want["a"], rel=1e-5)
+            assert held_out_losses(model, tokenizer, rows, settings) == pytest.approx(want, rel=1e-5)
         record, answers = evaluate(model, tokenizer, [], rows, settings, seed=0)
         assert record.losses == pytest.approx(want, rel=1e-5)
         assert record.loss == pytest.approx((want["a"] + want["b"]) / 2, rel=1e-5)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import socket
@@ -7,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import files_of
 
 from mot_lora import UserError
 from mot_lora.config import Config
+from mot_lora.durable import DamagedError, hashes, write_record, write_text
 from mot_lora.reader import parse_config
 from mot_lora.records import BranchRecord, EvaluationRecord, TrainRecord
-from mot_lora.rundir import RunDir, staged, write_lines, write_record, write_text
+from mot_lora.rundir import FORMAT, RunDir
+from mot_lora.savepoint import seal
 
-INPUTS = {"inputs": {"student": "abc", "a.jsonl": "def"}}
+INPUTS: dict[str, Any] = {"versions": {"mot-lora": "0.1.0"}, "inputs": {"student": "abc", "a.jsonl": "def"}}
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -28,98 +32,6 @@ with RunDir(Path(sys.argv[1])).lock():
 def config(**changes: Any) -> Config:
     tree: dict[str, Any] = {"student": "s", "teachers": [{"name": "a", "data": "a.jsonl"}], "rounds": 2}
     return parse_config({**tree, **changes}, "test")
-
-
-# --- writing whole or not at all -----------------------------------------------------------------
-
-
-def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "round" / "a"
-
-    def cut_short() -> None:
-        with staged(path) as folder:
-            (folder / "half").write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        cut_short()
-    assert list(path.parent.iterdir()) == []
-
-    with staged(path) as folder:
-        (folder / "weights").write_text("whole")
-        assert not path.exists()
-    assert (path / "weights").read_text() == "whole"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_staged_folder_replaces_what_was_not_finished(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.mkdir()
-    (path / "old").write_text("old")
-    with pytest.raises(RuntimeError), staged(path):
-        raise RuntimeError
-    assert (path / "old").exists()
-    with staged(path) as folder:
-        (folder / "new").write_text("new")
-    assert [f.name for f in path.iterdir()] == ["new"]
-
-
-def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path) -> None:
-    code = """
-import os, signal, sys
-from pathlib import Path
-from mot_lora.rundir import staged
-with staged(Path(sys.argv[1])) as folder:
-    (folder / "half").write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    path = tmp_path / "a"
-    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -signal.SIGKILL
-    assert not path.exists()
-    with staged(path) as folder:
-        assert list(folder.iterdir()) == []
-        (folder / "new").write_text("new")
-    assert list(tmp_path.iterdir()) == [path]
-    assert [f.name for f in path.iterdir()] == ["new"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file.json"
-    write_text(path, "old")
-    inode = path.stat().st_ino
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "x" * 100_000 + "\ud800")
-    assert path.read_text() == "old"
-    write_text(path, "new")
-    assert path.read_text() == "new"
-    assert path.stat().st_ino != inode  # renamed into place, never written over
-    assert [f.name for f in path.parent.iterdir()] == ["file.json"]
-
-
-def test_records_come_back_as_they_were(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    record = BranchRecord(
-        round=3,
-        teacher="a",
-        train=TrainRecord(steps=1, tokens=2, loss=0.1),
-        evaluation=EvaluationRecord(accuracy=1 / 3),
-    )
-    assert run.branch_record(3, "a") is None
-    write_record(run.branch(3, "a") / "branch.json", record)
-    assert (tmp_path / "round-003" / "a" / "branch.json").exists()
-    assert run.branch_record(3, "a") == record
-    write_lines(tmp_path / "lines", [record, record])
-    lines = (tmp_path / "lines").read_text().splitlines()
-    assert [BranchRecord.model_validate_json(line) for line in lines] == [record, record]
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"round": 1}', '{"round": 1, "teacher": "a", "train": null}', "[]"])
-def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
-    run = RunDir(tmp_path)
-    write_text(run.branch(1, "a") / "branch.json", content)
-    with pytest.raises(UserError, match=r"round-001/a/branch\.json: damaged.*remove it") as e:
-        run.branch_record(1, "a")
-    assert "\n" not in str(e.value)
 
 
 # --- the lock ------------------------------------------------------------------------------------
@@ -165,7 +77,7 @@ def test_a_run_is_begun_once_and_gone_on_with(tmp_path: Path) -> None:
         write_record(run.path / "before.json", EvaluationRecord())
         run.begin(config(), {**INPUTS, "versions": {"torch": "9"}})
     assert run.config() == config()
-    assert run.environment() == INPUTS
+    assert run.environment() == {"format": FORMAT, **INPUTS}  # as it was begun, not as it goes on
 
 
 def test_rounds_stop_and_output_may_change(tmp_path: Path) -> None:
@@ -184,7 +96,7 @@ def test_rounds_stop_and_output_may_change(tmp_path: Path) -> None:
         ({"quantization": "none"}, ["quantization"]),
         ({"student": "other"}, ["student"]),
         ({"merge": {"method": "ties", "density": 0.5}}, ["merge.method", "merge.density"]),
-        ({"teachers": [{"name": "b", "data": "a.jsonl"}]}, ["teachers"]),
+        ({"teachers": [{"name": "b", "data": "a.jsonl"}]}, ["teachers.0.name"]),
     ],
 )
 def test_other_settings_are_refused_and_named(tmp_path: Path, changes: dict[str, Any], names: list[str]) -> None:
@@ -204,7 +116,7 @@ def _named(message: str) -> list[str]:
 def test_a_run_with_nothing_finished_takes_other_settings(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.begin(config(), INPUTS)
-    run.begin(config(seed=7), {"inputs": {"student": "other"}})
+    run.begin(config(seed=7), {**INPUTS, "inputs": {"student": "other"}})
     assert run.config().seed == 7
     assert run.environment()["inputs"] == {"student": "other"}
 
@@ -240,3 +152,69 @@ def test_a_run_killed_while_it_began_can_be_begun_again(tmp_path: Path) -> None:
     with killed.lock():
         killed.begin(config(), INPUTS)
     assert killed.config() == config()
+
+
+# --- newer, damaged ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [FORMAT + 1, 99])
+def test_a_run_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path, made: int) -> None:
+    run = RunDir(tmp_path)
+    run.begin(config(), INPUTS)
+    write_record(run.path / "before.json", EvaluationRecord())
+    newer = {"format": made, "versions": {"mot-lora": "9.1"}, "inputs": {}, "more": []}
+    write_text(tmp_path / "environment.json", json.dumps(newer))
+    before = files_of(tmp_path)
+    for look in (run.config, run.environment, lambda: run.check(config()), lambda: run.repair(config())):
+        with pytest.raises(UserError, match=r"made by mot-lora 9\.1, which is newer than this; update mot-lora$") as e:
+            look()
+        assert not isinstance(e.value, DamagedError)
+    with pytest.raises(UserError, match="newer"), run.lock():
+        run.begin(config(), INPUTS)
+    (tmp_path / "run.lock").unlink()
+    assert files_of(tmp_path) == before
+
+
+def finished(path: Path, rounds: int) -> RunDir:
+    """A run of one teacher, without adapters; each branch has a file, and a state that a kill left."""
+    run = RunDir(path)
+    run.begin(config(rounds=rounds), INPUTS)
+    write_record(path / "before.json", EvaluationRecord())
+    for number in range(1, rounds + 1):
+        branch, state = run.branch(number, "a"), run.job(number, "a").state / "checkpoint-1"
+        for folder in (branch, state):
+            write_text(folder / "weights.safetensors", f"weights {number}")
+        train = TrainRecord(steps=1, tokens=2, loss=0.5)
+        record = BranchRecord(round=number, teacher="a", learning_rate=1e-3, train=train, files=hashes(branch))
+        write_record(branch / "branch.json", record)
+        seal(state, 1e-3, 2, 1.0)
+    return run
+
+
+def test_a_run_that_is_whole_needs_no_repair(tmp_path: Path) -> None:
+    run = finished(tmp_path, 3)
+    before = files_of(tmp_path)
+    run.check(config(rounds=3))
+    assert run.repair(config(rounds=3)) is None
+    assert files_of(tmp_path) == before
+
+
+def test_all_damage_is_set_aside_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
+    run = finished(tmp_path, 3)
+    # found in this order: the branch of round 3, the one of round 2 that round 3 is built on, the state of round 1
+    damaged = [
+        tmp_path / "before.json",
+        run.branch(3, "a") / "weights.safetensors",
+        run.job(1, "a").state / "checkpoint-1" / "weights.safetensors",
+    ]
+    for file in damaged:
+        file.write_text("something else")
+    before = files_of(tmp_path)
+    aside = run.repair(config(rounds=3))
+    assert aside == tmp_path / "damaged-001"
+    assert sorted(files_of(tmp_path).values()) == sorted(before.values())
+    assert sorted(p.name for p in aside.iterdir()) == ["before.json", *(f"round-00{n}" for n in ("1", "2", "3", "3-2"))]
+    assert [p.name for p in run.round(1).iterdir()] == ["a"]
+    run.check(config(rounds=3))
+    (run.branch(1, "a") / "weights.safetensors").write_text("again")
+    assert run.repair(config(rounds=3)) == tmp_path / "damaged-002"  # never over what lies aside

@@ -45,6 +45,13 @@ RIGHT = [
     ("\\boxed{A}", "A"),
     # GSM8K's mark
     ("12", "#### 12"),
+    ("1/2", "#### 0.5"),
+    # a worked solution, as NuminaMath and s1K have it beside the teacher's
+    ("so 42\n</think>\n\nThe answer is 42.", "Since $6 \\cdot 7 = 42$, it is \\boxed{42}."),
+    ("The answer is 128", "The answer is $128$."),
+    # words, which are no mathematics
+    ("<think>hm</think> YES", "yes"),
+    ("Stra\u00dfe", "STRASSE"),
 ]
 WRONG = [
     ("41", "42"),
@@ -67,6 +74,8 @@ WRONG = [
     ("\\boxed{(2,1)}", "(1,2)"),
     ("\\boxed{\\frac{2}{1}}", "0.5"),
     ("\\boxed{B}", "A"),
+    ("41", "Since $6 \\cdot 7 = 42$, it is \\boxed{42}."),
+    ("yes", "no"),
     # only the number that the gold answer begins with
     ("2", "2\\sqrt{3}"),
     ("3", "3x+2"),
@@ -82,6 +91,18 @@ def test_right_answers(text: str, gold: str) -> None:
 @pytest.mark.parametrize(("text", "gold"), WRONG)
 def test_wrong_answers(text: str, gold: str) -> None:
     assert is_right(text, gold) is False
+
+
+ODD = ["$", "$$", "####", "\\boxed{", "\\frac{1}{0}", "1/0", "nan", "9" * 50, "1e999", "\\sqrt{-1}", "\0", "(", "[1,2)"]
+ODD += ["\\emptyset", "\u00bd", "\u0663", "<think>", "\ud800", "\n", "{}", "#", "\\"]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_what_is_no_answer_is_judged_too(text: str) -> None:
+    for other in ("42", *ODD):
+        assert is_right(text, other) in (True, False)
+    assert not is_right(text, "42")
+    assert not is_right("42", text)
 
 
 def test_threads_judge_alike(caplog: pytest.LogCaptureFixture) -> None:
