@@ -88,18 +88,18 @@ class Cells:
         wanted = ", or ".join(f"`{r}`" for r in roles)
         return UserError(f"{self.where}: needs {wanted}; it has {self.listed}; say in `columns` which of them is which")
 
-    def first(self, names: Sequence[str]) -> Cell | None:
-        """The first of these columns that is filled, of those that `columns` does not name."""
+    def first(self, role: str, names: Sequence[str]) -> Cell | None:
+        """The first of these columns that is filled, where `columns` does not name the role's."""
+        if role in self.columns:
+            return None
         found = [(n, self.row[self.names[n]]) for n in names if n in self.names and self.names[n] not in self.taken]
         return next((pair for pair in found if not _empty(pair[1])), None)
 
     def find(self, role: str, names: Sequence[str]) -> Cell | None:
         """The column of a role: the one that `columns` names, or the only filled one of `names`."""
         if role in self.columns:
-            name = self.columns[role]
-            if name not in self.row:
-                raise UserError(f"{self.where}: `columns` takes {role} from `{name}`, but it has {self.listed}")
-            found = [(name, self.row[name])]
+            name = self.columns[role]  # which a row may leave out, as it may leave it empty
+            found = [(name, self.row[name])] if name in self.row else []
         else:
             found = [(n, self.row[self.names[n]]) for n in names if n in self.names and self.names[n] not in self.taken]
         filled = [pair for pair in found if not _empty(pair[1])]

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import cast
@@ -58,15 +57,16 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
     questions: list[Question] = []
     if config.eval.data is not None:
         rows = _read(config.eval, config.eval.data, fingerprints)
-        questions = [read_question(row, where, config.eval.columns) for where, row in rows][: config.eval.limit]
+        questions = [read_question(row, where, config.eval.columns) for where, row in rows]
     overlap = Overlap((q.question for q in questions), config.eval.overlap)
+    questions = questions[: config.eval.limit]
     train: dict[str, list[Example]] = {}
     held_out: dict[str, list[Example]] = {}
     records: list[TeacherDataRecord] = []
     for teacher in config.teachers:
         rows = [row for source in teacher.sources for row in _read(teacher, source, fingerprints)]
         choice = Choice(teacher, tokenizer, overlap, config.branch.max_length)
-        chosen = choice.choose(rows, seed_for(config.seed, teacher.name), progress)
+        chosen = choice.choose(rows, config.seed, progress)
         kept, held = hold_out(chosen, config.eval.holdout, config.seed)
         _check(config, teacher, choice.left_out, kept, held)
         train[teacher.name] = [c.example for c in kept]
@@ -117,7 +117,7 @@ class Choice:
         traces = [(where, read_trace(row, where, self.teacher.columns)) for where, row in rows]
         order = list(range(len(traces)))
         if self.teacher.samples is not None:
-            random.Random(seed if self.teacher.seed is None else self.teacher.seed).shuffle(order)
+            order = draw([t for _, t in traces], seed if self.teacher.seed is None else self.teacher.seed)
         chosen: dict[int, Chosen] = {}
         for done, i in enumerate(order):
             if len(chosen) == self.teacher.samples:
@@ -176,6 +176,20 @@ class Choice:
         return Trace(({"role": "user", "content": prompt},), completion)
 
 
+def draw(traces: Sequence[Trace | Example], seed: int) -> list[int]:
+    """The order in which traces are drawn: by a hash of (seed, question, the how manieth of it).
+
+    So teachers of the same questions draw the same ones, and one more row leaves the others' order as it was.
+    """
+    met = Counter[str]()
+    keys: list[int] = []
+    for trace in traces:
+        question = normalized(trace.question) if isinstance(trace, Trace) else str(trace.input_ids)
+        met[question] += 1
+        keys.append(seed_for(seed, question, met[question]))
+    return sorted(range(len(traces)), key=lambda i: keys[i])
+
+
 def hold_out(chosen: Iterable[Chosen], share: float, seed: int) -> tuple[list[Chosen], list[Chosen]]:
     """Split traces into those to train on and those held out, by a hash of (seed, question).
 
@@ -198,6 +212,10 @@ def fingerprint(rows: Iterable[Row]) -> str:
 
 def _read(settings: DataConfig, source: str, fingerprints: dict[str, str]) -> list[Row]:
     rows = read_rows(source, settings.split, settings.subset)
+    for role, column in settings.columns.items():
+        if not any(column in row for _, row in rows):
+            has = ", ".join(dict.fromkeys(str(name) for _, row in rows for name in row))
+            raise UserError(f"{source}: `columns` takes {role} from `{column}`, but it has {has}")
     fingerprints[" ".join(x for x in (source, settings.subset, settings.split) if x)] = fingerprint(rows)
     return rows
 

@@ -27,6 +27,7 @@ from mot_lora.errors import UserError
 DEMO = "demo:"  # student: demo:student is the student that the package carries
 # owner/name, or an old name without owner; what ends as a data file does is a file, also where there is none
 HUB_NAME = re.compile(r"(?!.*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
+PATHS = re.compile(r"student|(eval|teachers\.\d+)\.data(\.\d+)?")  # the keys that hold one
 # what PyYAML raises for text that is none; beside its own errors those of `!!int ""`, `!!bool x` and `!!timestamp x`
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 S = TypeVar("S", bound=Settings)
@@ -50,15 +51,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not eq or not key:
             raise UserError(f"override `{override}` is not key=value, e.g. rounds=2 or branch.steps=20")
         try:
-            value = yaml.safe_load(text)
+            value = _load_yaml(text)
         except NOT_YAML as e:
             raise UserError(f"override `{override}`: the value is not YAML") from e
-        _set(tree, key.split("."), value, override)
-    # what the file says is absolute by now, or a Hub name, which a folder here must not shadow
-    keys = [o.split("=")[0].split(".") for o in overrides]
-    given = {k[0] for k in keys if k[-1] in ("student", "teachers", "data", "eval") or k[-2:-1] == ["data"]}
-    rebased = _rebase({k: v for k, v in tree.items() if k in given}, Path(), str(path))
-    return parse_config({**tree, **rebased}, str(path))
+        _set(tree, key.split("."), _rebase(value, Path(), str(path), key), override)
+    return parse_config(tree, str(path))
 
 
 def _set(node: Any, keys: Sequence[str], value: Any, override: str) -> None:
@@ -137,9 +134,23 @@ def _parse(kind: type[S], tree: Any, source: str) -> S:
         raise UserError(f"{source}: {f'`{loc}`: ' if loc else ''}{what[0].lower()}{what[1:]}") from e
 
 
+class _Loader(yaml.SafeLoader):
+    """Of a key that is given twice YAML keeps the last, silently; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [n.value for n, _ in node.value if isinstance(n, yaml.ScalarNode)]
+        if twice := next((n for n in names if names.count(n) > 1 and n != "<<"), None):
+            raise yaml.YAMLError(f"`{twice}` is given twice, in line {node.start_mark.line + 1} and after")
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _read_tree(path: Path) -> dict[str, Any]:
     try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree: Any = _load_yaml(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a YAML config") from e
     except NOT_YAML as e:
@@ -167,31 +178,19 @@ def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
     return list(group.model_fields)
 
 
-def _rebase(tree: dict[str, Any], folder: Path, source: str) -> dict[str, Any]:
-    """Make the paths of a tree absolute; what does not exist as a file stays as it is (a Hub name)."""
-
-    def path(key: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [x if isinstance(x, list) else path(key, x) for x in cast("list[Any]", value)]
-        if not isinstance(value, str):
-            return value
-        if value.startswith(DEMO):
-            return str(demo_path(value.removeprefix(DEMO)))
-        try:
-            file = (folder / Path(value).expanduser()).resolve()
-            return value if not file.exists() and HUB_NAME.fullmatch(value) else str(file)
-        except (OSError, ValueError, RuntimeError) as e:
-            raise UserError(f"{source}: `{key}`: {value!r} is not a usable path ({e})") from e
-
-    tree = dict(tree)
-    if "student" in tree:
-        tree["student"] = path("student", tree["student"])
-    teachers = tree.get("teachers")
-    if isinstance(teachers, list):
-        tree["teachers"] = [
-            {**t, "data": path("teachers.data", t["data"])} if isinstance(t, dict) and "data" in t else t
-            for t in cast("list[Any]", teachers)
-        ]
-    if isinstance(tree.get("eval"), dict) and "data" in tree["eval"]:
-        tree["eval"] = {**tree["eval"], "data": path("eval.data", tree["eval"]["data"])}
-    return tree
+def _rebase(value: Any, folder: Path, source: str, key: str = "") -> Any:
+    """A value at dotted keys with its paths made absolute; what does not exist may stay the name that the Hub knows."""
+    if isinstance(value, dict) and key.count(".") < 3:
+        inner = cast("dict[Any, Any]", value)
+        return {k: _rebase(v, folder, source, f"{key}.{k}" if key else str(k)) for k, v in inner.items()}
+    if isinstance(value, list) and key.count(".") < 3:
+        return [_rebase(v, folder, source, f"{key}.{i}") for i, v in enumerate(cast("list[Any]", value))]
+    if not isinstance(value, str) or not PATHS.fullmatch(key):
+        return cast("Any", value)
+    if value.startswith(DEMO):
+        return str(demo_path(value.removeprefix(DEMO)))
+    try:
+        file = (folder / Path(value).expanduser()).resolve()
+        return value if not file.exists() and HUB_NAME.fullmatch(value) else str(file)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{source}: `{key}`: {value!r} is not a usable path ({e})") from e

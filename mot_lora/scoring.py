@@ -1,6 +1,8 @@
 """Whether an answer is right, and how sure a mean of right answers is."""
 
+import logging
 import math
+import re
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -35,14 +37,22 @@ def is_right(text: str, gold: str) -> bool:
     answer = final_answer(text)
     if not answer:
         return False
-    if answer.casefold() == gold.strip().casefold():
+    if _plain(answer) == _plain(gold):
         return True  # a word, say, which is no mathematics
     import math_verify  # pyright: ignore[reportMissingTypeStubs]  # sympy behind it takes a second to load
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it prints the whole of a text that takes too long
 
     # its timeouts rest on SIGALRM, which only a main thread has
     limit = 3 if threading.current_thread() is threading.main_thread() else None
     parse = partial(cast("Any", math_verify.parse), parsing_timeout=limit)
     return bool(math_verify.verify(parse(f"${gold}$") or parse(gold), parse(answer), timeout_seconds=limit))
+
+
+def _plain(answer: str) -> str:
+    """An answer to compare as a word; of a choice, (B) or B., its letter."""
+    choice = re.fullmatch(r"\(?([A-Za-z])[).]?", answer.strip())
+    return (choice[1] if choice else answer.strip()).casefold()
 
 
 def wilson(mean: float, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,5 +1,13 @@
 """The chain of thought in a text: <think>...</think>, as Qwen3 and its like write it."""
 
+# as OpenThoughts and its like set off the same
+MARKS = {
+    "<|begin_of_thought|>": "<think>",
+    "<|end_of_thought|>": "</think>",
+    "<|begin_of_solution|>": "",
+    "<|end_of_solution|>": "",
+}
+
 
 def think(reasoning: str, answer: str) -> str:
     r"""A chain of thought and the answer, as the student is to write them; what is already wrapped is not again.
@@ -7,6 +15,8 @@ def think(reasoning: str, answer: str) -> str:
     >>> think("<think>so 2</think>", "2"), think("", "so 2</think>2")
     ('<think>\nso 2\n</think>\n\n2', '<think>\nso 2</think>2')
     """
+    for mark, ours in MARKS.items():
+        answer = answer.replace(mark, ours)
     if "</think>" in answer:
         # where the template opens the chain, a generated text begins inside it
         return answer if "<think>" in answer else f"<think>\n{answer}"

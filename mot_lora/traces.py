@@ -77,19 +77,19 @@ def read_trace(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | 
     gold = cells.find("gold", GOLD)
     if messages := cells.find("messages", MESSAGES):
         turns = cells.messages(messages)
-        right = gold or cells.first(RIGHT)
-        return Trace(turns[:-1], turns[-1]["content"], _gold(right))
+        right = gold or cells.first("gold", RIGHT)
+        return _trace(turns[:-1], turns[-1]["content"], right)
     question = cells.find("question", QUESTION)
     answer = cells.find("answer", RESPONSE)
-    written = answer or cells.first(WRITTEN)
+    written = answer or cells.first("answer", WRITTEN)
     if not question or not written:
         raise cells.lacks("answer (completion, response, ...)" if question else "question", "messages")
-    right = gold or cells.first([c for c in RIGHT if c != written[0]] if answer is None else RIGHT)
+    right = gold or cells.first("gold", [c for c in RIGHT if c != written[0]] if answer is None else RIGHT)
     prompt = cells.prompt(question)
     reasoning = cells.find("reasoning", REASONING)
     text = cells.completion(written)
     chain = cells.text(reasoning) if reasoning else ""
-    return Trace(prompt, think(chain, text), _gold(right))
+    return _trace(prompt, think(chain, text), right)
 
 
 def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | None = None) -> Question:
@@ -105,7 +105,7 @@ def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str]
     if columns and "answer" in columns and "gold" not in columns:
         gold = cells.find("answer", ())
     else:
-        gold = cells.find("gold", GOLD) or cells.first(RIGHT) or cells.find("answer", RESPONSE)
+        gold = cells.find("gold", GOLD) or cells.first("gold", RIGHT) or cells.find("answer", RESPONSE)
     if not question or not gold:
         raise cells.lacks("answer (solution, gold, ...)" if question else "question")
     prompt = [m for m in cells.prompt(question) if m["role"] == "user"]
@@ -122,6 +122,12 @@ TEXTS = ("messages", "question")  # who names one of these in `columns` wants no
 def final_part(answer: str) -> str:
     """What stands after ####, with which GSM8K and its like set off the right answer; else all of it."""
     return answer.rpartition("####")[2].strip()
+
+
+def _trace(prompt: tuple[Message, ...], completion: str, right: Cell | None) -> Trace:
+    if right and right[0] == "solution" and str(right[1]).strip() == completion.strip():
+        right = None  # the teacher's own text once more is nothing to judge it by
+    return Trace(prompt, completion, _gold(right))
 
 
 def _gold(cell: Cell | None) -> str | None:

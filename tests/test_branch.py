@@ -1,7 +1,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ from mot_lora.errors import DivergedError
 from mot_lora.loss import IGNORE
 from mot_lora.reader import demo_path
 from mot_lora.records import TrainRecord
-from mot_lora.traces import Example, Trace
+from mot_lora.rows import read_rows
+from mot_lora.traces import Example, Trace, read_trace
 
 CPU = torch.device("cpu")
 
@@ -350,8 +351,9 @@ def test_a_loss_that_explodes_and_stays_finite_ends_the_branch_too() -> None:
     # a student that has learned something can become worse than guessing; a random one cannot
     path = demo_path("student")
     model = new_model(path, "none")
-    rows = [encode(load_tokenizer(path), Trace(({"role": "user", "content": "1 + 1 = ?"},), "It is 2."))]
-    chosen = settings(steps=40, learning_rate=3.0, max_grad_norm=1e9)
+    (where, row), *_ = read_rows(demo_path("teachers/steps.jsonl"))
+    rows = [encode(load_tokenizer(path), cast("Trace", read_trace(row, where)))]
+    chosen = settings(steps=10, learning_rate=30.0)
     with pytest.raises(DivergedError, match=r"the loss went from \d\.\d+ to \d+\.\d+ at step \d+: lower"):
         train(model, load_tokenizer(path), rows, chosen, seed=0)
 

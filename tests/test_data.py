@@ -209,6 +209,19 @@ def test_more_samples_of_a_seed_hold_the_fewer(tokenizer: PreTrainedTokenizerBas
     assert few < many
 
 
+def test_teachers_of_the_same_questions_draw_the_same_and_a_row_more_changes_nothing_else(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    drawn = set(chosen(choice(tokenizer, samples=10), GOOD, 3))
+    others = [{**row, "reasoning": "in other words"} for row in reversed(GOOD)]
+    assert set(chosen(choice(tokenizer, samples=10), others, 3)) == drawn
+    more = set(chosen(choice(tokenizer, samples=10), [{"question": "one more", "answer": "1"}, *GOOD], 3))
+    assert len(drawn - more) <= 1
+    # a second trace of a question is drawn on its own
+    twice = [*GOOD, *others]
+    assert len(set(chosen(choice(tokenizer, samples=40), twice, 3))) < 40
+
+
 # --- rows of tokens ------------------------------------------------------------------------------------
 
 

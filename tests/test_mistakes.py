@@ -51,6 +51,7 @@ def refusal(call: Call, config_file: Path, tmp_path: Path) -> Callable[..., str]
         ("teachers.0.split=train", "a file has no `split` or `subset`"),
         ("teachers.0.columns={reasoning: thoughts}", "`columns` takes reasoning from `thoughts`, but it has question"),
         ("teachers.0.columns={resoning: thoughts}", "`teachers.0.columns.resoning`"),
+        ("branch={steps: 3, steps: 4}", "the value is not YAML"),
         ("eval.holdout=0.0001", "no traces held out to measure; raise eval.holdout"),
     ],
 )
@@ -91,6 +92,11 @@ def test_a_data_file_that_cannot_be_read_is_named(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     assert words in refusal(f"teachers.0.data={tmp_path / name}")
+
+
+def test_a_key_that_is_given_twice_is_named(call: Call, config_file: Path) -> None:
+    config_file.write_text(f"{config_file.read_text()}seed: 3\n")
+    assert "`seed` is given twice" in refused(call("data", config_file))
 
 
 def test_what_is_no_student_is_named(

@@ -95,10 +95,11 @@ def test_every_name_of_the_right_answer_is_known(gold: str, answer: str) -> None
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-@pytest.mark.parametrize("right", ["answer", "final_answer", "solution", "gold"])
+@pytest.mark.parametrize("right", ["answer", "final_answer", "solution"])
 def test_the_right_answer_beside_messages_is_known(name: str, right: str) -> None:
     row = {name: [user("1 + 1?"), assistant(WHOLE)], right: 2}
     assert trace_of(row) == Trace((user("1 + 1?"),), WHOLE, "2")
+    assert trace_of({**row, "expected_answer": "3"}).gold == "3"  # what is called so comes first
 
 
 @pytest.mark.parametrize("response", RESPONSE)
@@ -227,10 +228,9 @@ def test_a_column_has_one_meaning() -> None:
     )
 
 
-def test_a_named_column_that_is_not_there_is_said_with_what_is() -> None:
-    assert message_of({"question": "q", "answer": "2"}, {"reasoning": "cot"}) == (
-        "row 1: `columns` takes reasoning from `cot`, but it has question, answer"
-    )
+def test_a_row_may_leave_out_a_named_column_that_it_may_leave_empty() -> None:
+    assert trace_of({"question": "q", "answer": "2"}, {"reasoning": "cot"}).completion == "2"
+    assert "needs `answer" in message_of({"question": "q", "answer": "2"}, {"answer": "reply"})
 
 
 def test_token_ids_beside_messages_wait_until_they_are_asked_for() -> None:
@@ -480,7 +480,9 @@ def test_openr1_math_is_its_messages_with_its_answer() -> None:
 def test_openthoughts_is_its_conversation_after_its_system_prompt() -> None:
     trace = trace_of(THOUGHTS)
     assert trace.prompt == (system(THOUGHTS["system"]), user("Return your final response within \\boxed{}. 1 + 1?"))
-    assert trace.completion == THOUGHTS["conversations"][1]["value"]
+    assert trace.completion == "<think>\n\nso\n\n</think>\n\n\\boxed{2}"
+    marked = "<|begin_of_thought|>a<|end_of_thought|><|begin_of_solution|>b<|end_of_solution|>"
+    assert trace_of({"question": "q", "answer": marked}).completion == "<think>a</think>b"
 
 
 KNOWN: dict[str, tuple[dict[str, Any], Trace]] = {
@@ -509,7 +511,7 @@ KNOWN: dict[str, tuple[dict[str, Any], Trace]] = {
             "solution": "So \\boxed{3}",
             "messages": [user("x?"), assistant("So \\boxed{3}")],
         },
-        Trace((user("x?"),), "So \\boxed{3}", "So \\boxed{3}"),
+        Trace((user("x?"),), "So \\boxed{3}"),  # its solution is the teacher's own text
     ),
     "tatsu-lab/alpaca": (
         {
