@@ -14,7 +14,7 @@ demo: .venv/demo
 	$(BIN)/mot-lora run recipes/quickstart.yaml
 
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: .venv/dev
 	$(BIN)/pytest -m slow

@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,35 +51,6 @@ def test_run_and_export_print_one_json_object(config_file: Path, tmp_path: Path)
     assert json.loads(done.stdout) == {"out": str(out), "round": 1, "dtype": "bfloat16"}
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["write"]
     assert (out / "config.json").exists()
-
-
-def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(config_file: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    # a branch long enough that the signal finds it at work
-    arguments = [COMMAND, "run", str(config_file), f"output={output}", "branch.steps=100"]
-    with subprocess.Popen(
-        [*arguments, "rounds=50"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert any(line.startswith("round 1, b, train") for line in process.stdout)
-            process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    branch = output / "round-001" / "a"
-    before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in branch.iterdir()}
-    assert "adapter_model.safetensors" in {f.name for f in before}
-    done = command(*arguments[1:])
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "round 1, b, train" in done.stdout
-    assert "round 1, a, train" not in done.stdout
-    assert f"run folder: {output}" in done.stdout
-    assert {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in branch.iterdir()} == before
-    assert process.returncode == 130
-    assert stderr.startswith("stopped; ")
-    assert stderr.endswith(f"go on with: mot-lora run {arguments[2]} output={output} branch.steps=100 rounds=50\n")
-    assert stderr.count("\n") == 1
 
 
 def test_a_mistake_is_one_line_and_status_2(config_file: Path) -> None:

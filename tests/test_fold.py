@@ -570,7 +570,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(qwen3: Path, make_adapter: M
         preexec_fn=small_files,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stdout == f"{out}: cannot be written: File too large\n"
+    assert done.stdout == f"{out}: cannot be written (File too large): is there space, and a permission?\n"
     assert not files_of(tmp_path / "new")
     assert not out.exists()
 

@@ -319,7 +319,9 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
     outs = [str(tmp_path / "out"), str(tmp_path / "new")]
     command = [sys.executable, "-c", SAVE, str(tmp_path / "large"), *outs]
     done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=small_files)
-    assert done.stdout.splitlines() == [f"{out}: cannot be written: File too large" for out in outs]
+    assert done.stdout.splitlines() == [
+        f"{out}: cannot be written (File too large): is there space, and a permission?" for out in outs
+    ]
     assert files_of(tmp_path / "out") == before
     assert not files_of(tmp_path / "new")
 

@@ -153,7 +153,7 @@ def test_what_is_no_adapter_is_named(bases: dict[str, Path], folders: dict[str, 
         merge_adapters([folders["a"], {}])
     with pytest.raises(UserError, match="NoneType is no adapter"):
         merge_adapters([None])
-    with pytest.raises(UserError, match=r"not an adapter folder: it has no adapter_config\.json"):
+    with pytest.raises(UserError, match=r"a full model, not an adapter: it has no adapter_config\.json"):
         merge_adapters([folders["a"], bases["tied"]])
     with pytest.raises(UserError, match="at least one"):
         merge_adapters([])
