@@ -7,21 +7,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import StringIO, TextIOWrapper
 from threading import Lock
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, OverflowMethod, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from mot_lora.lines import Part, clock_time, fit, sparkline
 from mot_lora.progress import Progress, silent
 from mot_lora.timeleft import Pace, TimeLeft
 
 LOG_WIDTH = 110  # as wide as the tables are
 ROUND = re.compile(r"^round (\d+)\b")
-BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 SPARKS = 24  # columns of the sparkline
 LOSSES = 10 * SPARKS  # the last ones, which it shows
 HTML = '<pre style="margin:0;white-space:pre;overflow-x:auto;line-height:1.3">{code}</pre>'
@@ -182,7 +181,7 @@ class Work:
     @property
     def elapsed(self) -> str:
         """Time since the work began, as 1:02:03."""
-        return _time(self.now() - self._began)
+        return clock_time(self.now() - self._began)
 
     def line(self) -> str:
         """All of it, as a line of a log."""
@@ -195,31 +194,31 @@ class Work:
             lines = self._lines() if self.stage else []
         for parts in lines:
             if parts := [p for p in parts if p.most]:
-                yield _fit(parts, options.max_width, "crop" if self._ascii else "ellipsis")
+                yield fit(parts, options.max_width, "crop" if self._ascii else "ellipsis")
 
-    def _lines(self) -> list[list["_Part"]]:
+    def _lines(self) -> list[list["Part"]]:
         name = self._clean(self.stage)
         if self._rounds:
             name = ROUND.sub(rf"\g<0> of {self._rounds}", name)
         left, branch, run = self._times()
-        spent = _time(self.now() - self._stage_began)
+        spent = clock_time(self.now() - self._stage_began)
         losses = list(self._losses)
         sparks = min(SPARKS, len(losses)) if len(losses) > 1 else 0
         return [
             [
-                _Part(0, lambda _width: Text(name, "bold"), min(24, cell_len(name)), cell_len(name)),
-                _Part(3, lambda width: Text(self._bar(width), "cyan"), 6, 24),
-                _Part.of(1, f"{self.done}/{self.total}"),
-                _Part.of(5, spent, "dim"),
-                _Part.of(2, left),
-                _Part.of(4, branch.replace("branch", "branch left")),
+                Part(0, lambda _width: Text(name, "bold"), min(24, cell_len(name)), cell_len(name)),
+                Part(3, lambda width: Text(self._bar(width), "cyan"), 6, 24),
+                Part.of(1, f"{self.done}/{self.total}"),
+                Part.of(5, spent, "dim"),
+                Part.of(2, left),
+                Part.of(4, branch.replace("branch", "branch left")),
             ],
             [
-                _Part.of(0, self._loss()),
-                _Part(3, lambda width: Text(sparkline(losses, width, self._ascii), "cyan"), min(8, sparks), sparks),
-                _Part.of(2, self._speed()),
-                _Part.of(1, run.replace("run", "run left")),
-                _Part.of(4, self._clean(self._note), "dim"),
+                Part.of(0, self._loss()),
+                Part(3, lambda width: Text(sparkline(losses, width, self._ascii), "cyan"), min(8, sparks), sparks),
+                Part.of(2, self._speed()),
+                Part.of(1, run.replace("run", "run left")),
+                Part.of(4, self._clean(self._note), "dim"),
             ],
         ]
 
@@ -228,9 +227,9 @@ class Work:
         now = self.now()
         stage, branch, run = self._left.stage(now), self._left.branch(now), self._left.run(now)
         return (
-            "" if stage is None else f"left {_time(stage)}",
-            "" if branch is None or branch == stage else f"branch {_time(branch)}",
-            "" if run is None else f"run {_time(run)}",
+            "" if stage is None else f"left {clock_time(stage)}",
+            "" if branch is None or branch == stage else f"branch {clock_time(branch)}",
+            "" if run is None else f"run {clock_time(run)}",
         )
 
     def _loss(self) -> str:
@@ -247,58 +246,3 @@ class Work:
     def _clean(self, text: str) -> str:
         text = "".join(c if c.isprintable() else " " for c in text)
         return text.encode(self._encoding, "replace").decode(self._encoding)
-
-
-def sparkline(values: Sequence[float], width: int, in_ascii: bool = False) -> str:
-    """Numbers as blocks from the lowest to the highest, averaged down to the width; those not finite leave a gap.
-
-    >>> sparkline([4, 3, 2, 1, math.nan, 1, 8, 8], 8), sparkline([1, 1, 2, 2, 3, 3], 3)
-    ('▄▃▂▁ ▁██', '▁▅█')
-    """
-    n = min(width, len(values))
-    cells = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    finite = [[v for v in cell if abs(v) < 1e300] for cell in cells]
-    means = [sum(v / len(cell) for v in cell) if cell else None for cell in finite]
-    low, high = min((m for m in means if m is not None), default=0), max((m for m in means if m is not None), default=0)
-    blocks = ASCII_BLOCKS if in_ascii else BLOCKS
-    return "".join(
-        " " if m is None else blocks[round((m - low) / ((high - low) or 1) * (len(blocks) - 1))] for m in means
-    )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A piece of a line: of two the one with the higher rank gives way; it is drawn between `least` and `most` wide."""
-
-    rank: int
-    draw: Callable[[int], Text]
-    least: int
-    most: int
-
-    @classmethod
-    def of(cls, rank: int, text: str, style: str = "") -> "_Part":
-        return cls(rank, lambda _width: Text(text, style), cell_len(text), cell_len(text))
-
-
-def _fit(parts: Sequence[_Part], width: int, overflow: OverflowMethod) -> Text:
-    """The parts in one line, two spaces between, without those that find no room."""
-    parts = list(parts)
-    while (spare := width + 2 - sum(p.least + 2 for p in parts)) < 0 and len(parts) > 1:
-        parts.remove(max(parts, key=lambda p: p.rank))
-    texts: list[Text] = []
-    for p in parts:
-        more = min(max(0, spare), p.most - p.least)
-        spare -= more
-        text = p.draw(p.least + more)
-        text.truncate(p.least + more, overflow=overflow)
-        texts.append(text)
-    line = Text("  ", no_wrap=True).join(texts)
-    line.truncate(width, overflow=overflow)
-    return line
-
-
-def _time(seconds: float) -> str:
-    """As 3:40 or 1:02:03."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -24,7 +24,7 @@ from mot_lora.chat import load_tokenizer
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, EvalConfig, TeacherConfig
 from mot_lora.data import Data, load_data
-from mot_lora.durable import hashes, staged, write_lines, write_record, write_text
+from mot_lora.durable import DamagedError, hashes, staged, write_lines, write_record, write_text
 from mot_lora.errors import DivergedError, UserError
 from mot_lora.ledger import read_ledger, read_page, read_run
 from mot_lora.merge import seed_for
@@ -184,11 +184,16 @@ class Loop:
             if self.rundir.branch_record(number, teacher.name):
                 clear(self.rundir.job(number, teacher.name))  # a kill can have left it
             else:
+                who = f"round {number}, teacher `{teacher.name}`"
                 try:
                     self.branch(number, teacher)
                 except DivergedError as e:
                     clear(self.rundir.job(number, teacher.name))  # its states lead astray again
-                    astray.append(f"round {number}, teacher `{teacher.name}` (teachers.{i}.learning_rate=...): {e}")
+                    astray.append(f"{who} (teachers.{i}.learning_rate=...): {e}")
+                except DamagedError:
+                    raise
+                except UserError as e:
+                    raise UserError(f"{who}: {e}") from e
         if astray:
             raise UserError(f"{'; '.join(astray)}; the other branches are kept, the same command goes on")
         folders = [self.rundir.branch(number, name) for name in names]

@@ -21,7 +21,8 @@ from nbclient import NotebookClient
 from rich.cells import cell_len
 from rich.console import Console
 
-from mot_lora.display import BLOCKS, Work, live, screen, sparkline
+from mot_lora.display import Work, live, screen
+from mot_lora.lines import BLOCKS, sparkline
 from mot_lora.progress import Progress
 from mot_lora.records import DataRecord, Segment, TeacherDataRecord
 from mot_lora.tables import SAMPLE, data_tables

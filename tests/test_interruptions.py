@@ -635,7 +635,10 @@ def test_a_disk_that_takes_no_more_ends_in_one_line_and_the_run_goes_on_later(
     for size in (500, 1500, adapter - 1, adapter + 1000):  # the message itself takes 300
         process = start(tiny(str(run)), before=partial(_limit_files, size))
         assert process.end() == REFUSED, process.err
-        assert re.fullmatch(rf"error: {run}\S*: cannot be written \(.+\): is there space, .*", one_line(process.err))
+        assert re.fullmatch(
+            rf"error: (round 1, teacher `a`: )?{run}\S*: cannot be written \(.+\): is there space, .*",
+            one_line(process.err),
+        )
         assert not list(run.rglob("*.partial"))
         assert not list(run.rglob("sealed.json"))
     # without states within branches it is the branch itself that finds no room
@@ -685,7 +688,7 @@ def test_no_memory_ends_in_one_line_with_what_to_lower(
     process = start(config, before=_limit_memory)
     assert process.end() == REFUSED, process.err
     assert re.search(
-        r"error: .*out of memory \(.*can't allocate memory.*\); lower branch\.batch_size 4 \(.*\), "
+        r"error: round 1, teacher `a`: out of memory \(.*can't allocate memory.*\); lower branch\.batch_size 4 \(.*\), "
         r"branch\.max_length 100000 \(the longest trace has \d{4} tokens\), branch\.loss_chunk 100000",
         one_line(process.err),
     )
