@@ -13,7 +13,7 @@ BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 def sparkline(values: Sequence[float], width: int, in_ascii: bool = False) -> str:
     """Numbers as blocks from the lowest to the highest, averaged down to the width; those not finite leave a gap.
 
-    >>> sparkline([4, 3, 2, 1, math.nan, 1, 8, 8], 8), sparkline([1, 1, 2, 2, 3, 3], 3)
+    >>> sparkline([4, 3, 2, 1, float("nan"), 1, 8, 8], 8), sparkline([1, 1, 2, 2, 3, 3], 3)
     ('▄▃▂▁ ▁██', '▁▅█')
     """
     n = min(width, len(values))
