@@ -396,9 +396,13 @@ def _status(interrupt: BaseException) -> int:
     return int(interrupt.code or 0) if isinstance(interrupt, SystemExit) else INTERRUPTED
 
 
+class _Told(SystemExit):
+    """An end of which the user has been told."""
+
+
 def _end(status: int, line: str) -> NoReturn:
     print(line, file=sys.stderr)
-    raise SystemExit(status) from None
+    raise _Told(status) from None
 
 
 def main() -> None:
@@ -415,8 +419,12 @@ def main() -> None:
         _end(2, "error: " + " ".join(e.format_message().split()) + "; see mot-lora --help")
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    if status == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
-        _end(INTERRUPTED, "stopped; nothing half-written is left")
+    except _Told:
+        raise
+    except SystemExit as e:
+        status = _status(e)
+    if status and status > 128:  # a signal; INTERRUPTED is also what Typer makes of a KeyboardInterrupt
+        _end(status, "stopped; nothing half-written is left")
     raise SystemExit(status or 0)
 
 

@@ -3,8 +3,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +53,18 @@ def test_run_and_export_print_one_json_object(config_file: Path, tmp_path: Path)
     assert json.loads(done.stdout) == {"out": str(out), "round": 1, "dtype": "bfloat16"}
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["write"]
     assert (out / "config.json").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_at_any_command_is_one_line_and_its_status(
+    call: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
+) -> None:
+    def load_config(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+
+    monkeypatch.setattr(mot_lora.reader, "load_config", load_config)  # the moment at which the signal comes
+    assert call("data", "my.yaml") == (status, "", "stopped; nothing half-written is left\n")
 
 
 def test_a_mistake_is_one_line_and_status_2(config_file: Path) -> None:
