@@ -1,6 +1,6 @@
 """The seam through which long work says how far it is."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -21,13 +21,5 @@ class Progress(Protocol):
     ) -> None: ...
 
 
-def silent(
-    stage: str,
-    done: int,
-    total: int,
-    note: str = "",
-    *,
-    loss: float | None = None,
-    tokens: int | None = None,
-) -> None:
+def silent(*_counts: Any, **_numbers: Any) -> None:
     """The progress of work that nobody watches."""

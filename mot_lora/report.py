@@ -7,11 +7,10 @@ from importlib import resources
 from typing import Any, Literal, cast
 
 from mot_lora import charts
+from mot_lora.pieces import details, figure, generated, grid, note, section, standing_open, table
 from mot_lora.records import Answer, DataRecord, EvaluationRecord, RoundRecord, RunRecord, TeacherDataRecord
 
-THINK_END = "</think>"
 SHOWN = 2  # answers of each kind
-LONG = 600  # characters of an answer that stand open
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ def report(page: Page) -> str:
     record, name = page.record, escape(page.name)
     parts = (
         _overview(page),
-        _section("Results", _results(record)),
-        _section("Score by round", _scores(record)),
-        _section("Training loss", _losses(record)),
-        _section("Agreement of the teachers", _agreement(record)),
-        _section("The update by layer", _layers(record)),
-        _section("Answers before and after", _answers(page.before, page.after, record.best or len(record.rounds))),
-        _section("Data", _data(page.data)),
-        _section("How it was done", _settings(page.config, page.environment)),
+        section("Results", _results(record)),
+        section("Score by round", _scores(record)),
+        section("Training loss", _losses(record)),
+        section("Agreement of the teachers", _agreement(record)),
+        section("The update by layer", _layers(record)),
+        section("Answers before and after", _answers(page.before, page.after, record.best or len(record.rounds))),
+        section("Data", _data(page.data)),
+        section("How it was done", _settings(page.config, page.environment)),
     )
     css = resources.files("mot_lora").joinpath("report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
@@ -108,7 +107,11 @@ def _overview(page: Page) -> str:
         "Stopped because": record.stopped or "not stopped: rounds are left to do",
         "Device": str(page.environment.get("device", "")),
     }
-    return "<dl>" + "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in facts.items() if v) + "</dl>\n"
+    return (
+        "<dl>"
+        + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items() if v)
+        + "</dl>\n"
+    )
 
 
 def _score(evaluation: EvaluationRecord, metric: str) -> str:
@@ -119,7 +122,7 @@ def _results(record: RunRecord) -> str:
     rows = [(kind, label.strip(), cells) for kind, label, cells in table_rows(record)]
     shown = [i for i in range(len(COLUMNS) - 1) if any(cells[i] not in ("", "-") for _, _, cells in rows)]
     columns = (COLUMNS[0], *(COLUMNS[i + 1] for i in shown))
-    return _table(columns, [(kind, name, [cells[i] for i in shown]) for kind, name, cells in rows], "Results") + _note(
+    return table(columns, [(kind, name, [cells[i] for i in shown]) for kind, name, cells in rows], "Results") + note(
         "Bold rows are the merged student; the others are each teacher's own branch of that round, before the merge. "
         "|D|/|W| is the size of the round's update beside the weights. Survived is the share of it that is in the "
         "weights after rounding: near 1 is good."
@@ -135,23 +138,23 @@ def _scores(record: RunRecord) -> str:
         if known:
             what, good = ("Accuracy", "Higher") if metric == "accuracy" else ("Held-out loss", "Lower")
             interval = " with its 95\N{NO-BREAK SPACE}% interval" if metric == "accuracy" else ""
-            out += _figure(
+            out += figure(
                 charts.svg(charts.score_by_round(record, metric), metric, f"{what} by round: {', '.join(known)}."),
                 f"{what}. {good} is better. The line is the merged student{interval}, the marks are each teacher's own "
                 "branch. A merge that is worth it stands beyond its branches.",
             )
-    return _grid(out) or _note("Nothing was measured.")
+    return grid(out) or note("Nothing was measured.")
 
 
 def _losses(record: RunRecord) -> str:
     branches = [b for b in record.branches if b.train.losses]
     if not branches:
-        return _note("No loss of single steps was recorded.")
+        return note("No loss of single steps was recorded.")
     label = "Training loss: " + ", ".join(
         f"{b.teacher} in round {b.round} from {b.train.losses[0]:.2f} to {b.train.losses[-1]:.2f}" for b in branches
     )
-    return _grid(
-        _figure(
+    return grid(
+        figure(
             charts.svg(charts.loss_curves(branches), "steps", label + "."),
             "Loss of each teacher's branch by training step, rounds one after another. A curve that falls and flattens "
             "is good; one that jumps or climbs asks for a lower learning rate. Long curves are smoothed; the faint "
@@ -163,17 +166,17 @@ def _losses(record: RunRecord) -> str:
 def _agreement(record: RunRecord) -> str:
     rounds = [r for r in record.rounds if len(r.teachers) > 1]
     if not rounds:
-        return _note("There is nothing to compare: no round of two teachers or more is finished.")
+        return note("There is nothing to compare: no round of two teachers or more is finished.")
     out = ""
     for r in rounds[:1] + rounds[1:][-1:]:  # the first and the last
         pairs = [(i, j) for i in range(len(r.teachers)) for j in range(i)]
         cosines = [f"{r.teachers[j]} and {r.teachers[i]} {r.fold.cosine[i][j]:.2f}" for i, j in pairs]
         shares = [f"{r.teachers[j]} and {r.teachers[i]} {r.fold.opposition[i][j]:.2f}" for i, j in pairs]
         label = f"Cosine of the updates in round {r.round}: {', '.join(cosines)}."
-        out += _figure(charts.svg(charts.teacher_pairs(r, "cosine"), f"cosine{r.round}", label))
+        out += figure(charts.svg(charts.teacher_pairs(r, "cosine"), f"cosine{r.round}", label))
         label = f"Sign conflict of the updates in round {r.round}: {', '.join(shares)}."
-        out += _figure(charts.svg(charts.teacher_pairs(r, "opposition"), f"conflict{r.round}", label))
-    return _grid(out) + _note(
+        out += figure(charts.svg(charts.teacher_pairs(r, "opposition"), f"conflict{r.round}", label))
+    return grid(out) + note(
         "Cosine of two teachers' updates: 1 is the same direction, 0 is unrelated, below 0 they undo each other. Sign "
         "conflict is the share of entries that two teachers push in opposite directions: 0.5 is what chance gives, "
         f"less is agreement. {'The first and the last round are shown.' if len(rounds) > 2 else ''}"
@@ -183,7 +186,7 @@ def _agreement(record: RunRecord) -> str:
 def _layers(record: RunRecord) -> str:
     done = next((r for r in record.rounds if r.round == record.best), record.rounds[-1] if record.rounds else None)
     if done is None or not done.modules:
-        return _note("No round is finished.")
+        return note("No round is finished.")
     sizes = {m: f.relative_norm for m, f in done.modules.items()}
     kept = {m: f.survived for m, f in done.modules.items() if f.survived is not None}
     largest = max(sizes, key=lambda m: sizes[m])
@@ -201,18 +204,18 @@ def _layers(record: RunRecord) -> str:
             "Share of the update that is in the weights after rounding. Near 1 is good; far below 1, rounding ate the "
             f"update. Least: {kept[least]:.3f} in {least}.",
         )
-    return _grid(out)
+    return grid(out)
 
 
 def _layer_figure(done: RoundRecord, what: Literal["relative_norm", "survived"], caption: str) -> str:
-    return _figure(charts.svg(charts.layer_kinds(done, what), what, f"Round {done.round}: {caption}"), caption)
+    return figure(charts.svg(charts.layer_kinds(done, what), what, f"Round {done.round}: {caption}"), caption)
 
 
 def _answers(before: Sequence[Answer], after: Sequence[Answer], number: int) -> str:
     pairs = [(n, b, a) for n, (b, a) in enumerate(zip(before, after, strict=False), 1) if b.question == a.question]
     if not pairs:
         shown = "".join(_question("Question", n, a, _answer("Before", a)) for n, a in enumerate(before[:SHOWN], 1))
-        return shown or _note("No questions were asked.")
+        return shown or note("No questions were asked.")
     pairs.sort(key=lambda p: -abs(p[2].score - p[1].score))  # the clearest first, then as they were asked
     kinds = {
         "Better": [p for p in pairs if p[2].score > p[1].score],
@@ -221,7 +224,7 @@ def _answers(before: Sequence[Answer], after: Sequence[Answer], number: int) -> 
         "Still right": [p for p in pairs if p[2].score == p[1].score >= 1],
     }
     counts = ", ".join(f"{len(found):,} {kind.lower()}" for kind, found in kinds.items())
-    out = _note(f"Of {len(pairs):,} questions: {counts}. A few of them, before and after round {number}:")
+    out = note(f"Of {len(pairs):,} questions: {counts}. A few of them, before and after round {number}:")
     return out + "".join(
         _question(f"{kind}: question", n, a, _answer("Before", b) + _answer(f"After round {number}", a))
         for kind, found in kinds.items()
@@ -231,8 +234,8 @@ def _answers(before: Sequence[Answer], after: Sequence[Answer], number: int) -> 
 
 def _question(title: str, number: int, asked: Answer, columns: str) -> str:
     return (
-        f"<h3>{title} {number:,}</h3>{_open(asked.question, 'Question')}"
-        f'<p class="note">Right answer: {_e(asked.answer)}</p><div class="two">{columns}</div>\n'
+        f"<h3>{title} {number:,}</h3>{standing_open(asked.question, 'Question')}"
+        f'<p class="note">Right answer: {escape(asked.answer)}</p><div class="two">{columns}</div>\n'
     )
 
 
@@ -241,34 +244,16 @@ def _answer(who: str, answer: Answer) -> str:
     right = round(answer.score * count)
     verdict = ("right" if right else "wrong") if count == 1 else f"{right} of {count} right"
     first, rest = answer.texts[:1], answer.texts[1:]
-    more = _details(f"{len(rest)} more", "".join(f'<div class="piece">{_text(t)}</div>' for t in rest)) if rest else ""
-    texts = "".join(map(_text, first)) or _note("no answer")
-    return f'<div class="card"><p class="who">{_e(who)}: <strong>{verdict}</strong></p>{texts}{more}</div>'
-
-
-def _text(text: str) -> str:
-    """A generated text: the answer open, the chain of thought before it folded away, both whole."""
-    thought, closed, answer = text.rpartition(THINK_END)
-    if not closed and "<think>" in text:
-        return _fold_away("Reasoning that never ends", text)
-    out = _fold_away("Reasoning", thought + closed) if closed else ""
-    return out + _open(answer.strip() or "(nothing)", "Answer")
-
-
-def _open(text: str, what: str) -> str:
-    """A text that stands open; of a long one only the end does, and the whole is folded away."""
-    long = len(text) > LONG
-    shown = f"... {text[-LONG // 2 :]}" if long else text
-    return (_fold_away(what, text) if long else "") + f'<p class="text" dir="auto">{_e(shown)}</p>'
-
-
-def _fold_away(what: str, text: str) -> str:
-    return _details(f"{what}, {len(text):,} characters", f'<div class="text" dir="auto">{_e(text)}</div>')
+    more = (
+        details(f"{len(rest)} more", "".join(f'<div class="piece">{generated(t)}</div>' for t in rest)) if rest else ""
+    )
+    texts = "".join(map(generated, first)) or note("no answer")
+    return f'<div class="card"><p class="who">{escape(who)}: <strong>{verdict}</strong></p>{texts}{more}</div>'
 
 
 def _data(data: DataRecord | None) -> str:
     if data is None or not data.teachers:
-        return _note("No summary of the data was recorded.")
+        return note("No summary of the data was recorded.")
     columns = ("teacher", "rows", "used", "held out", "left out", "without reasoning", "tokens", "median", "longest")
     rows = [
         ("", t.teacher, (*(f"{n:,}" for n in (t.rows, t.used, t.held_out, sum(t.left_out.values()))),
@@ -276,13 +261,13 @@ def _data(data: DataRecord | None) -> str:
         for t in data.teachers
     ]  # fmt: skip
     reasons = "".join(
-        f"<li>{_e(t.teacher)}: {_e(', '.join(f'{n:,} {why}' for why, n in t.left_out.items()))}</li>"
+        f"<li>{escape(t.teacher)}: {escape(', '.join(f'{n:,} {why}' for why, n in t.left_out.items()))}</li>"
         for t in data.teachers
         if t.left_out
     )
     return (
-        _table(columns, rows, "Data of each teacher")
-        + _note("Tokens are of the traces used: all of them, then the median and the longest trace.")
+        table(columns, rows, "Data of each teacher")
+        + note("Tokens are of the traces used: all of them, then the median and the longest trace.")
         + (f"<p>Left out, and why:</p><ul>{reasons}</ul>" if reasons else "")
         + "".join(map(_sample, data.teachers))
     )
@@ -291,20 +276,20 @@ def _data(data: DataRecord | None) -> str:
 def _sample(teacher: TeacherDataRecord) -> str:
     pieces = "".join(
         f'<div class="piece{" trained" if s.trained else ""}"><p class="who">{"" if s.trained else "not "}trained</p>'
-        f'<div class="text" dir="auto">{_e(s.text)}</div></div>'
+        f'<div class="text" dir="auto">{escape(s.text)}</div></div>'
         for s in teacher.sample
     )
-    files = _note(f"From {', '.join(teacher.sources)}.") if teacher.sources else ""
+    files = note(f"From {', '.join(teacher.sources)}.") if teacher.sources else ""
     if not pieces:
         return files
-    return _details(f"A trace of {teacher.teacher}, as the student reads it", files + pieces)
+    return details(f"A trace of {teacher.teacher}, as the student reads it", files + pieces)
 
 
 def _settings(config: str, environment: Mapping[str, Any]) -> str:
     facts = [("", key, (value,)) for key, value in _flat(environment)]
-    out = _details("Settings", f"<pre>{_e(config)}</pre>") if config else ""
-    out += _details("Versions, device and inputs", _table(("what", "value"), facts, "Versions")) if facts else ""
-    return out or _note("No settings were recorded.")
+    out = details("Settings", f"<pre>{escape(config)}</pre>") if config else ""
+    out += details("Versions, device and inputs", table(("what", "value"), facts, "Versions")) if facts else ""
+    return out or note("No settings were recorded.")
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
@@ -313,40 +298,3 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str
             yield from _flat(cast("Mapping[str, Any]", value), f"{above}{key}: ")
         else:
             yield f"{above}{key}", str(value)
-
-
-def _table(columns: Sequence[str], rows: Iterable[tuple[str, str, Sequence[str]]], label: str) -> str:
-    head = "".join(f'<th scope="col">{_e(column)}</th>' for column in columns)
-    body = "".join(
-        f'<tr class="{kind}"><th scope="row"><div>{_e(name)}</div></th>'
-        + "".join(f"<td>{_e(c)}</td>" for c in cells)
-        + "</tr>\n"
-        for kind, name, cells in rows
-    )
-    return (
-        f'<div class="scroll" role="region" aria-label="{_e(label)}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{body}</tbody></table></div>\n"
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{_e(title)}</h2>\n{body}</section>\n"
-
-
-def _figure(svg: str, caption: str = "") -> str:
-    return f"<figure>{svg}{f'<figcaption>{_e(caption)}</figcaption>' if caption else ''}</figure>\n"
-
-
-def _grid(figures: str) -> str:
-    return f'<div class="grid">\n{figures}</div>\n' if figures else ""
-
-
-def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{_e(summary)}</summary>{body}</details>\n"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_e(text)}</p>\n'
-
-
-_e = escape

@@ -285,16 +285,8 @@ class Loop:
     def stage(self, name: str) -> Progress:
         """The progress of one stage."""
 
-        def watch(
-            stage: str,
-            done: int,
-            total: int,
-            note: str = "",
-            *,
-            loss: float | None = None,
-            tokens: int | None = None,
-        ) -> None:
-            self.progress(f"{name}, {stage}", done, total, note, loss=loss, tokens=tokens)
+        def watch(stage: str, *counts: Any, **numbers: Any) -> None:
+            self.progress(f"{name}, {stage}", *counts, **numbers)
 
         return watch
 

@@ -26,7 +26,7 @@ SEAL = "sealed.json"  # what makes a checkpoint within a branch whole
 # What a run that was killed while it began can have left.
 BEGUN = {"run.lock", "environment.json", "data.json"}
 # Settings that leave finished branches and rounds as they are, so that a run may go on with others.
-MAY_CHANGE = re.compile(r"output|rounds|stop\b.*|branch\.(save_steps|report_to)|teachers\.\d+\.learning_rate")
+MAY_CHANGE = re.compile(r"output|rounds|stop\b.*|branch\.(save_steps|report_to(\.\d+)?)|teachers\.\d+\.learning_rate")
 
 
 @dataclass(frozen=True)

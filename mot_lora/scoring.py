@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from mot_lora.errors import UserError
-
-THINK_END = "</think>"
+from mot_lora.thought import THINK_END
 
 
 def final_answer(text: str) -> str | None:

@@ -1,5 +1,6 @@
 """The chain of thought in a text: <think>...</think>, as Qwen3 and its like write it."""
 
+THINK_END = "</think>"
 # as OpenThoughts and its like set off the same
 MARKS = {
     "<|begin_of_thought|>": "<think>",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mot_lora.pieces import LONG
 from mot_lora.records import (
     Answer,
     BranchRecord,
@@ -26,7 +27,7 @@ from mot_lora.records import (
     TeacherDataRecord,
     TrainRecord,
 )
-from mot_lora.report import LONG, Page, report, table_rows
+from mot_lora.report import Page, report, table_rows
 from mot_lora.tables import table
 
 HOSTILE = '</style><script>alert(1)</script><img src="http://example.org/x.png" onerror="x">&amp;"\''

@@ -15,7 +15,7 @@ from mot_lora.config import Config
 from mot_lora.durable import DamagedError, hashes, write_record, write_text
 from mot_lora.reader import parse_config
 from mot_lora.records import BranchRecord, EvaluationRecord, TrainRecord
-from mot_lora.rundir import FORMAT, RunDir
+from mot_lora.rundir import FORMAT, MAY_CHANGE, RunDir
 from mot_lora.savepoint import seal
 
 INPUTS: dict[str, Any] = {"versions": {"mot-lora": "0.1.0"}, "inputs": {"student": "abc", "a.jsonl": "def"}}
@@ -218,3 +218,16 @@ def test_all_damage_is_set_aside_at_once_and_nothing_is_lost(tmp_path: Path) -> 
     run.check(config(rounds=3))
     (run.branch(1, "a") / "weights.safetensors").write_text("again")
     assert run.repair(config(rounds=3)) == tmp_path / "damaged-002"  # never over what lies aside
+
+
+def test_where_a_run_logs_may_change_whatever_stood_there_before() -> None:
+    for key in (
+        "branch.report_to",
+        "branch.report_to.0",
+        "branch.save_steps",
+        "teachers.1.learning_rate",
+        "stop.metric",
+    ):
+        assert MAY_CHANGE.fullmatch(key)
+    for key in ("branch.steps", "branch.report_to_all", "teachers.1.learning_rates", "teachers.1", "seed"):
+        assert not MAY_CHANGE.fullmatch(key)
