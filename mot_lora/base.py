@@ -91,7 +91,7 @@ def _without_bars() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FoldedModule:
-    """One module of a fold, fp32, [out, in]: W_0, the last update D, and what changed in the weights in use."""
+    """One module of a fold, fp32, [out, in]: W_0, the new update D, and what changed in the weights in use."""
 
     module: str
     base: Tensor
@@ -99,11 +99,14 @@ class FoldedModule:
     change: Tensor
 
 
-def fold(model: PeftModel, checkpoint: Checkpoint, ledger: Sequence[Merged]) -> Iterator[FoldedModule]:
+def fold(
+    model: PeftModel, checkpoint: Checkpoint, ledger: Sequence[Merged], new: Sequence[float] = ()
+) -> Iterator[FoldedModule]:
     """Set the model's weights to round(W_0 + sum of the ledger), module by module.
 
-    The sum is taken in fp32 from the checkpoint, never from the rounded weights in use. Yields each module with the
-    ledger's last update, for measuring; nothing is folded unless the iterator is consumed.
+    The sum is taken in fp32 from the checkpoint, never from the rounded weights in use. Yields each module with what
+    is new of the ledger, for measuring: its last update, or of each the share that `new` says. Nothing is folded unless
+    the iterator is consumed.
 
     >>> survived = [f.change.norm() / f.update.norm() for f in fold(model, checkpoint, ledger)]  # doctest: +SKIP
     """
@@ -112,6 +115,7 @@ def fold(model: PeftModel, checkpoint: Checkpoint, ledger: Sequence[Merged]) -> 
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer)
     }
+    new = new or [0.0] * (len(ledger) - 1) + [1.0]
     for module, places in sorted(Placement.of(checkpoint, ledger).places.items()):
         if places != [f"{module}.weight"] or module not in layers:
             raise UserError(f"{checkpoint.name}: {module} is no linear layer of the model in memory")
@@ -119,9 +123,11 @@ def fold(model: PeftModel, checkpoint: Checkpoint, ledger: Sequence[Merged]) -> 
         device = cast("Tensor", layer.weight).device
         base = checkpoint.tensor(f"{module}.weight", device).float()
         total, update = base.clone(), torch.zeros_like(base)
-        for merged in ledger:
-            update = merged.delta(module).to(device) if module in merged.shapes else torch.zeros_like(base)
-            total += update
+        for merged, share in zip(ledger, new, strict=True) if ledger else ():
+            if module in merged.shapes:
+                delta = merged.delta(module).to(device)
+                total += delta
+                update += delta * share if share else 0
         before = read_weight(layer)
         write_weight(layer, total)
         yield FoldedModule(module, base, update, read_weight(layer) - before)

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -104,6 +105,11 @@ def reset_adapter(model: PeftModel, seed: int) -> None:
             with torch.no_grad():
                 a.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) * bound)
                 b.zero_()
+
+
+def load_weights(model: PeftModel, folder: Path) -> None:
+    """Give the adapter the weights that a branch was saved with."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), ADAPTER)
 
 
 def train(

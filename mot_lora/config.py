@@ -79,19 +79,37 @@ def _folder_name(name: str) -> str:
 
 class TeacherConfig(DataConfig):
     """One teacher: `name` also names its folder; `data` is a file, a folder or a Hub dataset, or several that are
-    joined. `samples` traces are drawn by `seed`. `verified_only` leaves out those whose final answer is not the row's.
+    joined; or it is the `union` of other teachers, each chosen as its own settings say.
+
+    `samples` traces are drawn by `seed`. `verified_only` leaves out those whose final answer is not the row's.
     `learning_rate` is this teacher's own, for a branch that would go astray with the others'.
     """
 
     name: Annotated[str, AfterValidator(_folder_name)]
-    data: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    data: str | tuple[str, ...] = ()
+    union: tuple["TeacherConfig", ...] = ()
     samples: int | None = Field(default=None, ge=1)
     seed: int | None = None
     verified_only: bool = False
     learning_rate: float | None = Field(default=None, gt=0)
 
+    @model_validator(mode="after")
+    def _has_rows(self) -> "TeacherConfig":
+        if bool(self.data) == bool(self.union):
+            raise ValueError(f"teacher `{self.name}` needs `data`, or a `union` of teachers, and not both")
+        if self.union and (self.samples or self.verified_only or self.split or self.subset or self.columns):
+            raise ValueError(f"teacher `{self.name}` is a union: how rows are read is set for each of its teachers")
+        return self
+
+    @property
+    def members(self) -> tuple["TeacherConfig", ...]:
+        """The teachers whose rows these are: itself, or those of the union."""
+        return tuple(m for t in self.union for m in t.members) or (self,)
+
     @property
     def sources(self) -> tuple[str, ...]:
+        if self.union:
+            return tuple(source for member in self.members for source in member.sources)
         return (self.data,) if isinstance(self.data, str) else self.data
 
 
@@ -161,26 +179,26 @@ def _known_method(method: str) -> str:
     return method
 
 
-class MergeConfig(Settings):
-    """How several adapters become one update: the merge spec of a run, and of `mot-lora merge --spec`.
+def _not_negative(weight: PerModule) -> PerModule:
+    _check_numbers(weight, lambda x: x >= 0, "weights must not be negative")
+    return weight
+
+
+Weight = Annotated[PerModule, AfterValidator(_not_negative)]
+
+
+class MethodConfig(Settings):
+    """How updates become one, but for their weights.
 
     `method` is a name (linear, ties, dare_linear, dare_ties, della, sce), or a function of your own, from YAML as
-    `module:function`. weights, density and scale may differ by module. `space` is where they meet: the weights' own
-    unless given.
+    `module:function`. density and scale may differ by module. `space` is where they meet: the weights' own unless
+    given.
     """
 
     method: Annotated[str, BeforeValidator(_place), AfterValidator(_known_method)] = "linear"
-    weights: tuple[PerModule, ...] | None = None
     density: PerModule | None = None
     scale: PerModule = 1.0
     space: Literal["core", "knots"] | None = None
-
-    @field_validator("weights")
-    @classmethod
-    def _weights_in_range(cls, weights: tuple[PerModule, ...] | None) -> tuple[PerModule, ...] | None:
-        for w in weights or ():
-            _check_numbers(w, lambda x: x >= 0, "weights must not be negative")
-        return weights
 
     @field_validator("density")
     @classmethod
@@ -196,17 +214,57 @@ class MergeConfig(Settings):
         return scale
 
     @model_validator(mode="after")
-    def _density_fits(self) -> "MergeConfig":
+    def _density_fits(self) -> "MethodConfig":
         if self.method in MERGE_METHODS and (self.method == "linear") != (self.density is None):
             wants = "takes no" if self.method == "linear" else "needs a"
             raise ValueError(f"method `{self.method}` {wants} `density`")
         return self
 
 
+class MergeConfig(MethodConfig):
+    """The merge spec of `mot-lora merge --spec`: one weight an adapter, which may differ by module."""
+
+    weights: tuple[Weight, ...] | None = None
+
+
+class RoundMergeConfig(MethodConfig):
+    """How a run's branches are merged in every round.
+
+    `weights` are numbers, one a teacher, or how they are found: `uniform`; by `eval.validation`, `validation` (each
+    branch's accuracy) or `greedy` (a branch joins only if it does not hurt). `momentum` is Nesterov's, over the rounds'
+    updates.
+    """
+
+    weights: Literal["uniform", "validation", "greedy"] | tuple[Weight, ...] = "uniform"
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _none_is_uniform(cls, weights: Any) -> object:
+        return "uniform" if weights is None else cast("object", weights)
+
+    @property
+    def given(self) -> tuple[PerModule, ...] | None:
+        """The weights that are numbers."""
+        return None if isinstance(self.weights, str) else self.weights
+
+    @property
+    def searched(self) -> bool:
+        """Whether the weights are found by `eval.validation`."""
+        return self.weights in ("validation", "greedy")
+
+
 class EvalConfig(DataConfig):
-    """What is measured after each round: answers to `data`, and the loss on traces held out of training."""
+    """What is measured after each round: answers to `data`, and the loss on traces held out of training.
+
+    `validation` has other questions, by which weights are found; `forgetting` names other sets of questions, on which a
+    student must not get worse; `traces` are teachers whose held-out traces the loss is on, the run's own unless given.
+    """
 
     data: str | None = None
+    validation: str | None = None
+    forgetting: dict[Annotated[str, AfterValidator(_folder_name)], str] = {}
+    traces: tuple[TeacherConfig, ...] = ()
     limit: int | None = Field(default=None, ge=1)
     branches: bool = Field(default=True, description="also answer with each teacher's own branch")
     batch_size: int = Field(default=16, ge=1)
@@ -239,6 +297,12 @@ class StopConfig(Settings):
     patience: int | None = Field(default=None, ge=1)
 
 
+class CompareConfig(Settings):
+    """What `mot-lora compare` adds to a run: the noisy teacher of its robustness arms."""
+
+    noisy: TeacherConfig | None = None
+
+
 class Config(Settings):
     """Everything that decides a run.
 
@@ -252,9 +316,10 @@ class Config(Settings):
     branch: BranchConfig = BranchConfig()
     lora: LoraConfig = LoraConfig()
     quantization: Literal["nf4", "int8", "none"] = "nf4"
-    merge: MergeConfig = MergeConfig()
+    merge: RoundMergeConfig = RoundMergeConfig()
     eval: EvalConfig = EvalConfig()
     stop: StopConfig = StopConfig()
+    compare: CompareConfig = CompareConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
     seed: int = 0
@@ -279,11 +344,15 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> "Config":
-        w = self.merge.weights
+        w = self.merge.given
         if w is not None and len(w) != len(self.teachers):
             raise ValueError(f"merge.weights has {len(w)} numbers for {len(self.teachers)} teachers")
         if w is not None and all(x == 0 for x in w):
             raise ValueError("merge.weights must not be all 0")
+        if self.merge.searched and self.eval.validation is None:
+            raise ValueError(
+                f"merge.weights `{self.merge.weights}` needs `eval.validation`: other questions than eval.data"
+            )
         if self.metric == "accuracy" and self.eval.data is None:
             raise ValueError("stop.metric `accuracy` needs `eval.data`")
         if self.metric == "loss" and self.eval.holdout == 0:

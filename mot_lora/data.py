@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import cast
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,8 +34,8 @@ NOT_DRAWN = "not drawn"
 
 @dataclass(frozen=True)
 class Data:
-    """Everything that the loop reads: examples by teacher, questions, what became of the rows, and a fingerprint of
-    each source.
+    """Everything that the loop reads: examples by teacher, the questions that it reports on, what became of the rows,
+    a fingerprint of each source, and the questions for finding weights and for watching what is forgotten.
     """
 
     train: dict[str, list[Example]]
@@ -43,6 +43,8 @@ class Data:
     questions: list[Question]
     record: DataRecord
     fingerprints: dict[str, str]
+    validation: list[Question]
+    forgetting: dict[str, list[Question]]
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> Data:
@@ -54,32 +56,27 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
     900
     """
     fingerprints: dict[str, str] = {}
-    questions: list[Question] = []
-    if config.eval.data is not None:
-        rows = _read(config.eval, config.eval.data, fingerprints)
-        questions = [read_question(row, where, config.eval.columns) for where, row in rows]
-    overlap = Overlap((q.question for q in questions), config.eval.overlap)
-    questions = questions[: config.eval.limit]
-    train: dict[str, list[Example]] = {}
-    held_out: dict[str, list[Example]] = {}
+    asked, e = _read_questions(config, fingerprints), config.eval
+    overlap = Overlap((q.question for questions in asked[:2] for q in questions), e.overlap)
+
+    def draw_from(teacher: TeacherConfig) -> Drawn:
+        return _draw(teacher, config, tokenizer, overlap, fingerprints, progress)
+
+    drawn = {t.name: draw_from(t) for t in config.teachers}
+    measured = {t.name: drawn[t.name] if t in config.teachers else draw_from(t) for t in e.traces or config.teachers}
     records: list[TeacherDataRecord] = []
     for teacher in config.teachers:
-        rows = [row for source in teacher.sources for row in _read(teacher, source, fingerprints)]
-        choice = Choice(teacher, tokenizer, overlap, config.branch.max_length)
-        chosen = choice.choose(rows, config.seed, progress)
-        kept, held = hold_out(chosen, config.eval.holdout, config.seed)
-        _check(config, teacher, choice.left_out, kept, held)
-        train[teacher.name] = [c.example for c in kept]
-        held_out[teacher.name] = [c.example for c in held]
+        rows, left_out, kept, held = drawn[teacher.name]
+        _check(config, teacher, left_out, kept, held)
         lengths = [len(c.example) for c in kept]
         records.append(
             TeacherDataRecord(
                 teacher=teacher.name,
                 sources=teacher.sources,
-                rows=len(rows),
+                rows=rows,
                 used=len(kept),
                 held_out=len(held),
-                left_out=dict(choice.left_out),
+                left_out=dict(left_out),
                 without_reasoning=sum(not c.reasons for c in kept),
                 median_tokens=round(median(lengths)),
                 longest_tokens=max(lengths),
@@ -87,7 +84,60 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
                 sample=segments(tokenizer, kept[0].example),
             )
         )
-    return Data(train, held_out, questions, DataRecord(teachers=tuple(records), questions=len(questions)), fingerprints)
+    questions, validation, *forgetting = (found[: e.limit] for found in asked)
+    return Data(
+        train={t.name: [c.example for c in drawn[t.name].kept] for t in config.teachers},
+        held_out={name: [c.example for c in d.held] for name, d in measured.items()},
+        questions=questions,
+        record=DataRecord(teachers=tuple(records), questions=len(questions)),
+        fingerprints=fingerprints,
+        validation=validation,
+        forgetting=dict(zip(e.forgetting, forgetting, strict=True)),
+    )
+
+
+class Drawn(NamedTuple):
+    """A teacher's rows: how many there are, why some are left out, and the traces to train on and to measure."""
+
+    rows: int
+    left_out: Counter[str]
+    kept: list["Chosen"]
+    held: list["Chosen"]
+
+
+def _draw(
+    teacher: TeacherConfig,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    overlap: Overlap,
+    fingerprints: dict[str, str],
+    progress: Progress,
+) -> Drawn:
+    rows, left_out, chosen = 0, Counter[str](), list[Chosen]()
+    for member in teacher.members:
+        found = [row for source in member.sources for row in _read(member, source, fingerprints)]
+        choice = Choice(member, tokenizer, overlap, config.branch.max_length)
+        chosen += choice.choose(found, config.seed, progress)
+        rows, left_out = rows + len(found), left_out + choice.left_out
+    return Drawn(rows, left_out, *hold_out(chosen, config.eval.holdout, config.seed))
+
+
+def _read_questions(config: Config, fingerprints: dict[str, str]) -> list[list[Question]]:
+    """The questions of the evaluation, those for finding weights, and each set to watch for what is forgotten."""
+    e = config.eval
+    plain = DataConfig()
+    sets = [(e, e.data), (plain, e.validation), *((plain, source) for source in e.forgetting.values())]
+    asked = [
+        [read_question(row, where, how.columns) for where, row in _read(how, source, fingerprints)] if source else []
+        for how, source in sets
+    ]
+    both = {normalized(q.question) for q in asked[0]} & {normalized(q.question) for q in asked[1]}
+    if both:
+        raise UserError(
+            f"{e.validation}: {len(both)} of its questions are in eval.data too ({next(iter(both))[:60]}...); weights "
+            "must be found on other questions than those that are reported"
+        )
+    return asked
 
 
 @dataclass(frozen=True)

@@ -3,30 +3,44 @@
 import torch
 
 from mot_lora.adapters import load_adapter
-from mot_lora.durable import read_lines
+from mot_lora.confidence import ConsensusRecord
+from mot_lora.durable import DamagedError, read_lines, read_record
 from mot_lora.errors import UserError
+from mot_lora.merge import nesterov
 from mot_lora.merged import Merged, combine
 from mot_lora.records import Answer, BranchRecord, RoundRecord, RunRecord, StateRecord, score
 from mot_lora.report import Page
 from mot_lora.rundir import RunDir
 from mot_lora.savepoint import newest, step_of
 
+CONSENSUS = "consensus.json"
 
-def read_ledger(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:
-    """The merged updates of a run's first rounds, from what is on disk.
+
+def read_merges(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:
+    """The merged updates of a run's first rounds as each round found them, without momentum.
 
     Errors: UserError for a round that is not finished.
     """
-    ledger: list[Merged] = []
+    merges: list[Merged] = []
     for number in range(1, rounds + 1):
         record = rundir.round_record(number)
         if record is None:
             raise UserError(f"{rundir.path}: round {number} is not finished")
         adapters = [load_adapter(rundir.branch(number, t), t, device) for t in record.teachers]
-        ledger.append(
+        merges.append(
             combine(adapters, record.method, record.weights, record.density, record.scale, record.seed, record.space)
         )
-    return ledger
+    return merges
+
+
+def read_ledger(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:
+    """What is added to W_0 after a run's first rounds: their merged updates, with the weights that momentum gives them.
+
+    Errors: UserError for a round that is not finished.
+    """
+    merges = read_merges(rundir, rounds, device)
+    last = rundir.round_record(rounds)
+    return [m.scaled(w) for m, w in zip(merges, nesterov(rounds, last.momentum if last else 0.0), strict=True)]
 
 
 def read_run(rundir: RunDir) -> RunRecord | None:
@@ -79,6 +93,14 @@ def read_state(rundir: RunDir) -> StateRecord:
     )
 
 
+def read_consensus(rundir: RunDir) -> ConsensusRecord | None:
+    """What was found on looking at a run's consensus. None where nobody looked, or it cannot be read: look again."""
+    try:
+        return read_record(rundir.path / CONSENSUS, ConsensusRecord)
+    except DamagedError:
+        return None
+
+
 def read_page(rundir: RunDir) -> Page:
     """Everything that a run's page shows, as far as the run is. Errors: UserError for a run with nothing finished."""
     record = read_run(rundir)
@@ -93,4 +115,5 @@ def read_page(rundir: RunDir) -> Page:
         after=read_lines(rundir.round(last) / "answers.jsonl", Answer) if last else (),
         config=(rundir.path / "config.yaml").read_text(encoding="utf-8"),
         environment=rundir.environment(),
+        consensus=read_consensus(rundir),
     )

@@ -28,6 +28,19 @@ def seed_for(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def nesterov(rounds: int, momentum: float) -> list[float]:
+    """The weight of each round's merged update after so many rounds with Nesterov momentum over them.
+
+    The velocity v_t = m v_(t-1) + D_t and the step D_t + m v_t of round t add up to sum_i c_i D_i with
+    c_i = (1 - m^(n - i + 2)) / (1 - m) after n rounds, so a ledger needs no state beside its updates; 1 each for m = 0.
+    As the outer step of DiLoCo (arXiv 2311.08105).
+
+    >>> nesterov(2, 0.5)
+    [1.75, 1.5]
+    """
+    return [(1 - momentum ** (rounds - i + 2)) / (1 - momentum) if momentum else 1.0 for i in range(1, rounds + 1)]
+
+
 # --- the primitives --------------------------------------------------------------------------------
 
 

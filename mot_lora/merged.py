@@ -79,6 +79,15 @@ class Merged:
         """Each adapter's weight for one module."""
         return [for_module(w, module) for w in self.weights]
 
+    def scaled(self, factor: float) -> "Merged":
+        """The same merge, so many times as large."""
+        if factor == 1:
+            return self
+        if isinstance(self.scale, dict):
+            every = {**self.scale, ".*": self.scale.get(".*", 1.0)}  # a module without a match has scale 1
+            return replace(self, scale={pattern: value * factor for pattern, value in every.items()})
+        return replace(self, scale=self.scale * factor)
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((module, self.delta(module)) for module in self.shapes)
 

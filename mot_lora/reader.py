@@ -13,11 +13,13 @@ from pydantic_core import PydanticSerializationError
 
 from mot_lora.config import (
     BranchConfig,
+    CompareConfig,
     Config,
     EvalConfig,
     LoraConfig,
     MergeConfig,
     PerModule,
+    RoundMergeConfig,
     Settings,
     StopConfig,
     TeacherConfig,
@@ -25,9 +27,14 @@ from mot_lora.config import (
 from mot_lora.errors import UserError
 
 DEMO = "demo:"  # student: demo:student is the student that the package carries
+GYM = "reasoning_gym:"  # data: reasoning_gym:chain_sum are generated questions
 # owner/name, or an old name without owner; what ends as a data file does is a file, also where there is none
 HUB_NAME = re.compile(r"(?!.*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
-PATHS = re.compile(r"student|(eval|teachers\.\d+)\.data(\.\d+)?")  # the keys that hold one
+# the keys that hold one
+PATHS = re.compile(
+    r"student|(eval|(.*\.)?(noisy|(teachers|union|traces)\.\d+))\.data(\.\d+)?|eval\.(validation|forgetting\..*)"
+)
+DEEPEST = 8  # dots of such a key; unions may hold unions
 # what PyYAML raises for text that is none; beside its own errors those of `!!int ""`, `!!bool x` and `!!timestamp x`
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 S = TypeVar("S", bound=Settings)
@@ -170,9 +177,10 @@ def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
         "teachers": TeacherConfig,
         "branch": BranchConfig,
         "lora": LoraConfig,
-        "merge": MergeConfig,
+        "merge": RoundMergeConfig,
         "eval": EvalConfig,
         "stop": StopConfig,
+        "compare": CompareConfig,
     }
     group = groups.get(str(loc[0]), kind) if len(loc) > 1 else kind
     return list(group.model_fields)
@@ -180,15 +188,17 @@ def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
 
 def _rebase(value: Any, folder: Path, source: str, key: str = "") -> Any:
     """A value at dotted keys with its paths made absolute; what does not exist may stay the name that the Hub knows."""
-    if isinstance(value, dict) and key.count(".") < 3:
+    if isinstance(value, dict) and key.count(".") < DEEPEST:
         inner = cast("dict[Any, Any]", value)
         return {k: _rebase(v, folder, source, f"{key}.{k}" if key else str(k)) for k, v in inner.items()}
-    if isinstance(value, list) and key.count(".") < 3:
+    if isinstance(value, list) and key.count(".") < DEEPEST:
         return [_rebase(v, folder, source, f"{key}.{i}") for i, v in enumerate(cast("list[Any]", value))]
     if not isinstance(value, str) or not PATHS.fullmatch(key):
         return cast("Any", value)
     if value.startswith(DEMO):
         return str(demo_path(value.removeprefix(DEMO)))
+    if value.startswith(GYM):
+        return value
     try:
         file = (folder / Path(value).expanduser()).resolve()
         return value if not file.exists() and HUB_NAME.fullmatch(value) else str(file)

@@ -18,14 +18,15 @@ class Record(BaseModel):
 class EvaluationRecord(Record):
     """How a student did: accuracy (avg@n) with its 95 % interval, and the held-out loss on each teacher's traces.
 
-    `loss` is the mean over teachers, in nats a trained token. What was not measured is None. `files` are the sha256 of
-    what lies beside the record, where it is one of its own.
+    `loss` is the mean over teachers, in nats a trained token; `forgetting` the accuracy on each set to watch. What was
+    not measured is None. `files` are the sha256 of what lies beside the record, where it is one of its own.
     """
 
     questions: int = 0
     accuracy: float | None = None
     interval: tuple[float, float] | None = None
     losses: dict[str, float] = {}
+    forgetting: dict[str, float] = {}
     seconds: float = 0.0
     files: dict[str, str] = {}
 
@@ -223,15 +224,18 @@ class VerifyRecord(Record):
 class RoundRecord(Record):
     """One finished round: whose adapters were merged, how, what the fold kept, and how the student then did.
 
-    `files` are the sha256 of what lies beside the record.
+    `reasons` say of each teacher why it has its weight, where that was found. `files` are the sha256 of what lies
+    beside the record.
     """
 
     round: int
     teachers: tuple[str, ...]
     method: str
     weights: tuple[PerModule, ...]
+    reasons: tuple[str, ...] = ()
     density: PerModule | None = None
     scale: PerModule = 1.0
+    momentum: float = 0.0
     space: str | None = None
     seed: int
     fold: FoldRecord

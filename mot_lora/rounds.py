@@ -3,7 +3,7 @@
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,16 +18,17 @@ from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.adapters import load_adapter
 from mot_lora.agreement import layer_of, tally
-from mot_lora.base import fold, load_model
-from mot_lora.branch import add_adapter, check_targets, reset_adapter
+from mot_lora.base import FoldedModule, fold, load_model
+from mot_lora.branch import add_adapter, check_targets, load_weights, reset_adapter
 from mot_lora.chat import load_tokenizer
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.config import BranchConfig, Config, EvalConfig, TeacherConfig
+from mot_lora.config import BranchConfig, Config, EvalConfig, PerModule, TeacherConfig
 from mot_lora.data import Data, load_data
-from mot_lora.durable import DamagedError, hashes, staged, write_lines, write_record, write_text
+from mot_lora.durable import DamagedError, hashes, read_record, staged, write_lines, write_record, write_text
 from mot_lora.errors import DivergedError, UserError
-from mot_lora.ledger import read_ledger, read_page, read_run
-from mot_lora.merge import seed_for
+from mot_lora.ledger import read_ledger, read_merges, read_page, read_run
+from mot_lora.lowrank import Adapter
+from mot_lora.merge import nesterov, seed_for
 from mot_lora.merged import Merged, combine, resolve
 from mot_lora.progress import Progress, silent
 from mot_lora.records import (
@@ -46,6 +47,7 @@ from mot_lora.savepoint import discard
 from mot_lora.tally import Tally, add_tallies
 from mot_lora.traces import Example, Question
 from mot_lora.tracking import check_trackers
+from mot_lora.weighting import Weighting, by_accuracy, greedily
 
 
 class Train(Protocol):
@@ -147,12 +149,14 @@ def stages(config: Config) -> list[str]:
     ['before, loss', 'round 1, a, train', 'round 1, a, loss', 'round 1, fold', 'round 1, loss']
     """
     measured = ["loss"] * (config.eval.holdout > 0) + ["answer"] * (config.eval.data is not None)
-    plan = [f"before, {what}" for what in measured]
+    watched = [f"{name}, answer" for name in config.eval.forgetting]
+    plan = [f"before, {what}" for what in (*measured, *watched)]
     for number in range(1, config.rounds + 1):
         for teacher in config.teachers:
             parts = ["train", *(measured if config.eval.branches else [])]
             plan += [f"round {number}, {teacher.name}, {what}" for what in parts]
-        plan += [f"round {number}, {what}" for what in ("fold", *measured)]
+        weighed = [f"weigh {t.name}, answer" for t in config.teachers] if config.merge.searched else []
+        plan += [f"round {number}, {what}" for what in (*weighed, "fold", *measured, *watched)]
     return plan
 
 
@@ -196,11 +200,9 @@ class Loop:
                     raise UserError(f"{who}: {e}") from e
         if astray:
             raise UserError(f"{'; '.join(astray)}; the other branches are kept, the same command goes on")
-        folders = [self.rundir.branch(number, name) for name in names]
-        adapters = [load_adapter(f, name, self.model.device) for f, name in zip(folders, names, strict=True)]
-        m = self.config.merge
-        seed = seed_for(self.config.seed, number)
-        merged = combine(adapters, m.method, m.weights, m.density, m.scale, seed, m.space)
+        adapters = [load_adapter(self.rundir.branch(number, name), name, self.model.device) for name in names]
+        weighting, m = self.weigh(number, adapters), self.config.merge
+        merged = self.merge(number, adapters, weighting.weights)
         start = time.monotonic()
         tallies = self.fold(number, merged)
         seconds = time.monotonic() - start
@@ -215,8 +217,10 @@ class Loop:
             teachers=tuple(names),
             method=m.method,
             weights=merged.weights,
+            reasons=weighting.reasons,
             density=m.density,
             scale=m.scale,
+            momentum=m.momentum,
             space=m.space,
             seed=merged.seed,
             fold=FoldRecord.of(add_tallies(tallies.values())),
@@ -260,23 +264,84 @@ class Loop:
             write_record(folder / "branch.json", record)
         clear(job)
 
+    def merge(self, number: int, adapters: Sequence[Adapter], weights: Sequence[PerModule]) -> Merged:
+        """The merge of a round's branches with these weights."""
+        m = self.config.merge
+        return combine(adapters, m.method, weights, m.density, m.scale, seed_for(self.config.seed, number), m.space)
+
+    def weigh(self, number: int, adapters: Sequence[Adapter]) -> Weighting:
+        """What each branch counts: alike, as given, or as `eval.validation` finds."""
+        everyone = range(len(adapters))
+        if not self.config.merge.searched:
+            return Weighting(self.config.merge.given or (1.0,) * len(adapters), ())
+
+        def accuracy(places: tuple[int, ...]) -> float:
+            file = self.rundir.validation(number, places)
+            record = read_record(file, EvaluationRecord)
+            if record is None:
+                alone = len(places) == 1
+                if alone:
+                    load_weights(self.model, self.rundir.branch(number, adapters[places[0]].name))
+                else:
+                    merged = self.merge(number, adapters, [float(i in places) for i in everyone])
+                    for _ in self.folded(number, merged):
+                        pass
+                names = "+".join(adapters[i].name for i in places)
+                record, _ = self.ask(f"round {number}, weigh {names}", self.data.validation, {}, adapter=alone)
+                write_record(file, record)
+            return record.accuracy or 0.0
+
+        accuracies = [accuracy((i,)) for i in everyone]
+        if self.config.merge.weights == "validation":
+            return by_accuracy(accuracies, len(self.data.validation))
+        found = greedily(accuracies, accuracy)
+        # back to where the round began, from where its fold is measured: each of its modules, with nothing added
+        nothing = self.merge(number, adapters, (1.0,) * len(adapters)).scaled(0)
+        for _ in fold(self.model, self.checkpoint, [*read_ledger(self.rundir, number - 1, self.model.device), nothing]):
+            pass
+        return found
+
+    def folded(self, number: int, merged: Merged) -> Iterator[FoldedModule]:
+        """Set the model to W_0 + the ledger with this round's merge, module by module."""
+        merges = [*read_merges(self.rundir, number - 1, self.model.device), merged]
+        momentum = self.config.merge.momentum
+        weights, before = nesterov(number, momentum), [*nesterov(number - 1, momentum), 0.0]
+        ledger = [m.scaled(w) for m, w in zip(merges, weights, strict=True)]
+        return fold(self.model, self.checkpoint, ledger, [1 - b / w for w, b in zip(weights, before, strict=True)])
+
     def fold(self, number: int, merged: Merged) -> dict[str, Tally]:
-        """Set the model to W_0 + the ledger with this round's update, and measure what became of it."""
-        ledger = [*read_ledger(self.rundir, number - 1, self.model.device), merged]
+        """Fold this round's merge, and measure what became of it."""
         tallies: dict[str, Tally] = {}
-        for f in fold(self.model, self.checkpoint, ledger):
+        for f in self.folded(number, merged):
             tallies[f.module] = tally(merged.adapters, f.module, f.base, f.update, f.change)
             self.progress(f"round {number}, fold", len(tallies), len(merged.shapes))
         return tallies
 
     def measure(self, stage: str, *, adapter: bool) -> tuple[EvaluationRecord, list[Answer]]:
-        """Evaluate the student, with or without its adapter."""
+        """Evaluate the student, with or without its adapter; without it also on what it must not forget."""
+        record, answers = self.ask(stage, self.data.questions, self.data.held_out, adapter=adapter)
+        if adapter:
+            return record, answers
+        watched = {
+            name: self.ask(f"{stage}, {name}", questions, {}, adapter=False)[0]
+            for name, questions in self.data.forgetting.items()
+        }
+        update = {
+            "forgetting": {name: found.accuracy for name, found in watched.items()},
+            "seconds": record.seconds + sum(found.seconds for found in watched.values()),
+        }
+        return record.model_copy(update=update), answers
+
+    def ask(
+        self, stage: str, questions: Sequence[Question], held_out: Mapping[str, Sequence[Example]], *, adapter: bool
+    ) -> tuple[EvaluationRecord, list[Answer]]:
+        """Evaluate the student on these questions and traces."""
         with nullcontext() if adapter else self.model.disable_adapter():
             return self.evaluate(
                 self.model,
                 self.tokenizer,
-                self.data.questions,
-                self.data.held_out,
+                questions,
+                held_out,
                 self.config.eval,
                 seed=seed_for(self.config.seed, "evaluate"),
                 progress=self.stage(stage),

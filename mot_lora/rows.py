@@ -1,4 +1,4 @@
-"""The rows of a data source: JSONL, JSON, CSV, parquet, a saved dataset, or one of the Hub."""
+"""The rows of a data source: JSONL, JSON, CSV, parquet, a saved dataset, one of the Hub, or a generated one."""
 
 import csv
 import gzip
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from mot_lora.columns import MESSAGES
 from mot_lora.errors import UserError
+from mot_lora.reader import GYM
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands (file and line), and its values by column."""
@@ -21,11 +22,14 @@ def read_rows(source: str | Path, split: str | None = None, subset: str | None =
 
     Files: .jsonl, .json (a list of objects, or lines), .csv, .tsv, each also with .gz, and .parquet. A folder is one of
     `save_to_disk`, or of data files. `split` and `subset` choose within a dataset; the split is `train` unless given.
+    `reasoning_gym:TASK` or `reasoning_gym:TASK:50` are generated problems, a hundred unless told, always the same.
 
     Errors: UserError, which names the file, and the line where there is one.
 
     >>> read_rows("owner/name", split="train[:100]")  # doctest: +SKIP
     """
+    if str(source).startswith(GYM):
+        return _read_gym(str(source))
     path = Path(source)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -169,6 +173,21 @@ def _read_dataset(name: str, split: str | None, subset: str | None) -> list[Row]
         raise UserError(f"{name}: no data folder, and no Hub dataset that can be had now ({_first_line(e)})") from e
 
 
+def _read_gym(source: str) -> list[Row]:
+    try:
+        import reasoning_gym  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError as e:
+        raise UserError(f"{source}: needs reasoning-gym: pip install 'mot-lora[eval]'") from e
+    task, _, size = source.removeprefix(GYM).partition(":")
+    if size and not (size.isdecimal() and 0 < int(size) < 10**6):
+        raise UserError(f"{source}: write reasoning_gym:TASK, or reasoning_gym:TASK:NUMBER for so many problems")
+    try:
+        problems: Any = cast("Any", reasoning_gym).create_dataset(task, size=int(size or GYM_SIZE), seed=0)
+    except Exception as e:  # of a task that does not exist, or needs settings
+        raise UserError(f"{source}: no task of reasoning-gym ({_first_line(e)})") from e
+    return [(f"{source}[{i}]", {"question": p["question"], "answer": str(p["answer"])}) for i, p in enumerate(problems)]
+
+
 def _first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
@@ -181,5 +200,6 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".tsv": _csv,
     ".parquet": _parquet,
 }
+GYM_SIZE = 100
 EXAMPLE = '{"question": ..., "reasoning": ..., "answer": ...}'
 HINT = "give a .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a saved dataset's folder, or a Hub name"

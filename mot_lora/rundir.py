@@ -5,7 +5,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ SEAL = "sealed.json"  # what makes a checkpoint within a branch whole
 # What a run that was killed while it began can have left.
 BEGUN = {"run.lock", "environment.json", "data.json"}
 # Settings that leave finished branches and rounds as they are, so that a run may go on with others.
-MAY_CHANGE = re.compile(r"output|rounds|stop\b.*|branch\.(save_steps|report_to(\.\d+)?)|teachers\.\d+\.learning_rate")
+MAY_CHANGE = re.compile(
+    r"output|rounds|stop\b.*|branch\.(save_steps|report_to(\.\d+)?)|teachers\.\d+\.learning_rate|compare\b.*"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class RunDir:
 
     def job(self, number: int, teacher: str) -> "Job":
         return Job(self, number, teacher)
+
+    def validation(self, number: int, branches: Sequence[int]) -> Path:
+        """How the merge of these branches did, by their places, while a round's weights were found."""
+        return self.round(number) / f"validation-{'-'.join(map(str, branches))}.json"
 
     @property
     def before_answers(self) -> Path:
@@ -108,6 +114,8 @@ class RunDir:
                     raise DamagedError(self.branch(number, name) / "branch.json", "it is not there")
             if record:
                 check_files(self.round(number), record.files)
+            for file in sorted(self.round(number).glob("validation-*.json")):
+                read_record(file, EvaluationRecord)
         for file in sorted(self.path.glob(f"round-*/.*.training/checkpoint-*/{SEAL}")):
             if sealed := read_record(file, SealRecord):
                 check_files(file.parent, sealed.files)
@@ -135,7 +143,14 @@ class RunDir:
         begun = self.round(int(first.removeprefix("round-")))
         later = [p for p in sorted(self.path.glob("round-*")) if p.name > first]
         branch = [begun / rest[0]] if len(rest) > 1 else []
-        return [p for p in (*branch, begun / "round.json", begun / "answers.jsonl", *later) if p.exists()]
+        parts = [
+            *branch,
+            *sorted(begun.glob("validation-*.json")),
+            begun / "round.json",
+            begun / "answers.jsonl",
+            *later,
+        ]
+        return [p for p in parts if p.exists()]
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
         """Write what was asked and with what, or check that a run found here was asked the same; under the lock.

@@ -48,6 +48,25 @@ def is_right(text: str, gold: str) -> bool:
     return bool(math_verify.verify(parse(f"${gold}$") or parse(gold), parse(answer), timeout_seconds=limit))
 
 
+def elected(texts: Sequence[str]) -> str:
+    """The text whose final answer most of the texts share, compared as in `is_right`; of a tie, the first.
+
+    A text without a final answer does not vote (self-consistency, arXiv 2203.11171).
+
+    >>> elected(["7", "0.5", "1/2"])
+    '0.5'
+    """
+    groups: list[list[str]] = []
+    for text in texts:
+        if final_answer(text):
+            same = next((g for g in groups if is_right(text, final_answer(g[0]) or "")), None)
+            if same:
+                same.append(text)
+            else:
+                groups.append([text])
+    return max(groups, key=len)[0] if groups else texts[0]
+
+
 def _plain(answer: str) -> str:
     """An answer to compare as a word; of a choice, (B) or B., its letter."""
     choice = re.fullmatch(r"\(?([A-Za-z])[).]?", answer.strip())

@@ -1,7 +1,7 @@
-"""Build the demo that ships inside mot_lora: a tiny Qwen3 student, four teachers, two exams.
+"""Build the demo that ships inside mot_lora: a tiny Qwen3 student, four teachers, three exams.
 
     python recipes/build_demo.py                 # everything; 57 minutes on one thread of a busy machine
-    python recipes/build_demo.py --only data     # only the teachers' traces and the two exams
+    python recipes/build_demo.py --only data     # only the teachers' traces and the exams
     python recipes/build_demo.py --resume        # go on from the last checkpoint
 
 The subject is word problems: somebody has some things, 1 to 6 events change how many. The student
@@ -277,6 +277,10 @@ def build_data(seed: int, write: bool = True) -> frozenset[str]:
             DEMO / f"{name}.jsonl",
             ({"question": p.question, "answer": str(p.answer)} for p in exam),
         )
+    # what the student can do before: problems as short as those that it learned from
+    own = random.Random(f"{seed}-short")
+    short = [make_problem(own, 1 + i % 3) for i in range(100)]
+    write_jsonl(DEMO / "short.jsonl", ({"question": p.question, "answer": str(p.answer)} for p in short))
     return frozenset(pool)
 
 

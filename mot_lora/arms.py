@@ -1,0 +1,145 @@
+"""The arms of a comparison: each a config of the same loop (Merge-of-Thought's baselines, arXiv 2509.08814)."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mot_lora.config import Config, TeacherConfig
+from mot_lora.errors import UserError
+
+Budget = Literal["steps", "total"]
+PAPER = ("base", "std", "mtd", "one_shot", "linear", "ties", "dare_linear", "dare_ties", "vote")
+DENSITY = 0.5  # of methods that need one, where the config gives none
+BOTH: tuple[Budget, ...] = ("steps", "total")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm: its name, the budgets that it belongs to, and the run that it is."""
+
+    name: str
+    budgets: tuple[Budget, ...]
+    config: Config
+
+    def at(self, folder: Path) -> "Arm":
+        """The same arm, to be run in this folder."""
+        return replace(self, config=self.config.model_copy(update={"output": str(folder)}))
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder.
+
+        >>> from mot_lora.config import Config
+        >>> config = Config(student="s", teachers=({"name": "a", "data": "a.jsonl"},))
+        >>> Arm("std:a", ("total",), config).folder
+        'std-a-total'
+        """
+        return re.sub(r"[^\w+]+", "-", self.name) + ("-total" if self.budgets == ("total",) else "")
+
+
+def known_arms(config: Config) -> tuple[str, ...]:
+    """The arms that a config can have; one of its own for a merge method that is not among the usual."""
+    own = () if config.merge.method in PAPER else (config.merge.method,)
+    weights = ("validation", "greedy") if config.eval.validation else ()
+    noisy = ("noisy",) if config.compare.noisy else ()
+    return (*PAPER[:-1], *own, PAPER[-1], *weights, *noisy, "repeated")
+
+
+def arms(config: Config, names: Sequence[str] = PAPER) -> list[Arm]:
+    """The runs of the arms that are asked for, in an order in which later ones find work done that they share.
+
+    With K teachers, R rounds and S steps a branch the budget `steps` gives every branch S steps, so that a single
+    teacher takes R S and a merge K R S; in `total` everything takes K R S: a single teacher and the union get K S a
+    round. One-shot is one round with R S steps a branch. All rounds run; the stopping rule of the config is put aside.
+    The loss is on the held-out traces of the config's own teachers in every arm.
+
+    Errors: UserError for fewer than two teachers, a length in epochs, and an arm that is not known or lacks something.
+
+    >>> teachers = ({"name": "a", "data": "a.jsonl"}, {"name": "b", "data": "b.jsonl"})
+    >>> [(a.name, a.budgets, a.config.branch.steps) for a in arms(Config(student="s", teachers=teachers), ["mtd"])]
+    [('mtd', ('steps',), 50), ('mtd', ('total',), 100)]
+    """
+    if len(config.teachers) < 2:
+        raise UserError("a comparison needs at least two teachers")
+    if config.branch.steps is None:
+        raise UserError("a comparison needs branch.steps, so that budgets can be equal to the step; not branch.epochs")
+    for name in names:
+        _check(config, name)
+    plain = _varied(
+        config,
+        stop={**config.stop.model_dump(), "patience": None},
+        compare={},
+        eval={**config.eval.model_dump(), "branches": False, "traces": config.eval.traces or config.teachers},
+    )
+    return [arm for name in known_arms(config) if name in names for arm in _runs(plain, config.compare.noisy, name)]
+
+
+def _runs(c: Config, noisy: TeacherConfig | None, name: str) -> Iterator[Arm]:
+    teachers = c.teachers
+    if name == "std":
+        for teacher in teachers:
+            yield from _alone(c, f"std:{teacher.name}", teacher, len(teachers))
+    elif name == "mtd":
+        yield from _alone(c, name, _union(teachers), len(teachers))
+    elif name == "one_shot":
+        merge = {"method": "linear", "weights": c.merge.weights if c.merge.given else "uniform"}
+        steps = c.rounds * (c.branch.steps or 0)
+        yield Arm(name, BOTH, _varied(c, rounds=1, merge=merge, branch={**c.branch.model_dump(), "steps": steps}))
+    elif name in ("validation", "greedy"):
+        yield Arm(name, BOTH, _merged(c, "linear", weights=name))
+    elif name == "repeated":
+        again = teachers[0].model_copy(update={"name": f"{teachers[0].name}_again"})
+        yield Arm("linear+repeated", BOTH, _merged(_with(c, again), "linear"))
+    elif name == "noisy" and noisy:
+        all_ = _with(c, noisy)
+        yield from _alone(c, f"std:{noisy.name}", noisy, len(teachers), total=False)
+        yield from _alone(c, "mtd+noisy", _union(all_.teachers), len(all_.teachers))
+        yield Arm("linear+noisy", BOTH, _merged(all_, "linear"))
+        if c.eval.validation:
+            yield from (Arm(f"{w}+noisy", BOTH, _merged(all_, "linear", weights=w)) for w in ("validation", "greedy"))
+    elif name not in ("base", "vote"):
+        yield Arm(name, BOTH, _merged(c, name))
+
+
+def _alone(c: Config, name: str, teacher: TeacherConfig, k: int, total: bool = True) -> Iterator[Arm]:
+    """One branch a round: with S steps, and with as many as K branches have."""
+    one = _varied(c, teachers=(teacher,), merge={})
+    yield Arm(name, ("steps",), one)
+    if total:
+        yield Arm(name, ("total",), _varied(one, branch={**c.branch.model_dump(), "steps": k * (c.branch.steps or 0)}))
+
+
+def _merged(c: Config, method: str, **settings: Any) -> Config:
+    own = c.merge.model_dump()
+    density = None if method == "linear" else own["density"] or DENSITY
+    return _varied(c, merge={**own, "method": method, "density": density, **settings})
+
+
+def _with(c: Config, teacher: TeacherConfig) -> Config:
+    """With one more teacher; weights that are given do not fit any more."""
+    return _varied(c, teachers=(*c.teachers, teacher), merge={**c.merge.model_dump(), "weights": "uniform"})
+
+
+def _union(teachers: Sequence[TeacherConfig]) -> TeacherConfig:
+    return TeacherConfig(name="union", union=tuple(teachers))
+
+
+def _varied(c: Config, **settings: Any) -> Config:
+    """A config with other settings, checked as a whole."""
+    return Config.model_validate({**dict(c), **settings})
+
+
+def _check(config: Config, name: str) -> None:
+    known = known_arms(config)
+    if name in known:
+        return
+    needs = {
+        "noisy": "compare.noisy: {name: ..., data: ...}",
+        "validation": "eval.validation",
+        "greedy": "eval.validation",
+    }
+    if name in needs:
+        raise UserError(f"arm `{name}` needs {needs[name]} in the config")
+    raise UserError(f"unknown arm `{name}`; there are {', '.join(known)}")
