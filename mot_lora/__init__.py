@@ -1,7 +1,9 @@
 """Merge-of-Thought distillation (arXiv 2509.08814): merge PEFT adapters right, fold them exactly, run the loop."""
 
 import logging
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from mot_lora.errors import UserError
     from mot_lora.export import export
     from mot_lora.fold import fold_checkpoint
+    from mot_lora.harness import HarnessRecord, evaluate_run
     from mot_lora.inspection import inspect_adapters
     from mot_lora.live import adapter_from_peft, add_merged_adapter
     from mot_lora.lowrank import Adapter, Dense, Factors
@@ -35,6 +38,7 @@ _ROOMS = {
     "errors": ("UserError",),
     "export": ("export",),
     "fold": ("fold_checkpoint",),
+    "harness": ("HarnessRecord", "evaluate_run"),
     "inspection": ("inspect_adapters",),
     "live": ("adapter_from_peft", "add_merged_adapter"),
     "lowrank": ("Adapter", "Dense", "Factors"),
@@ -56,6 +60,7 @@ __all__ = [
     "Dense",
     "EvaluationRecord",
     "Factors",
+    "HarnessRecord",
     "InspectRecord",
     "Merged",
     "RunRecord",
@@ -68,6 +73,7 @@ __all__ = [
     "dare_linear",
     "dare_ties",
     "della",
+    "evaluate_run",
     "export",
     "fold_checkpoint",
     "inspect_adapters",
@@ -93,3 +99,14 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"mot_lora.{_ROOM_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps a public function that has the name of a room, `export`, from being hidden when that room is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _ROOM_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -47,7 +47,7 @@ def known_arms(config: Config) -> tuple[str, ...]:
     return (*PAPER[:-1], *own, PAPER[-1], *weights, *noisy, "repeated")
 
 
-def arms(config: Config, names: Sequence[str] = PAPER) -> list[Arm]:
+def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH) -> list[Arm]:
     """The runs of the arms that are asked for, in an order in which later ones find work done that they share.
 
     With K teachers, R rounds and S steps a branch the budget `steps` gives every branch S steps, so that a single
@@ -73,7 +73,40 @@ def arms(config: Config, names: Sequence[str] = PAPER) -> list[Arm]:
         compare={},
         eval={**config.eval.model_dump(), "branches": False, "traces": config.eval.traces or config.teachers},
     )
-    return [arm for name in known_arms(config) if name in names for arm in _runs(plain, config.compare.noisy, name)]
+    found = (arm for name in known_arms(config) if name in names for arm in _runs(plain, config.compare.noisy, name))
+    return [arm for arm in found if set(arm.budgets) & set(budgets)]
+
+
+def chosen(config: Config, names: str = "", budgets: str = ",".join(BOTH)) -> tuple[list[str], list[Budget]]:
+    """The arms and budgets that a text asks for: `std,mtd,linear`; `all`; the paper's for none.
+
+    Errors: UserError for names that are not known.
+    """
+    asked = [n.strip() for n in names.split(",") if n.strip()]
+    for name in asked:
+        if name != "all":
+            _check(config, name)
+    which: list[Budget] = [b for b in BOTH if b in [x.strip() for x in budgets.split(",")]]
+    if not which or len(which) < len({x.strip() for x in budgets.split(",") if x.strip()}):
+        raise UserError(f"--budgets {budgets}: give steps, total or both")
+    return list(known_arms(config)) if "all" in asked else asked or list(PAPER), which
+
+
+def numbers(seeds: str) -> list[int]:
+    """The seeds that a text lists.
+
+    Errors: UserError for what is no list of different whole numbers.
+
+    >>> numbers("0,1,2")
+    [0, 1, 2]
+    """
+    try:
+        found = [int(s) for s in seeds.split(",")]
+    except ValueError as e:
+        raise UserError(f"--seeds {seeds}: give whole numbers, e.g. 0,1,2") from e
+    if len(set(found)) < len(found):
+        raise UserError(f"--seeds {seeds}: one is there twice")
+    return found
 
 
 def _runs(c: Config, noisy: TeacherConfig | None, name: str) -> Iterator[Arm]:

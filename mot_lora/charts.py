@@ -35,18 +35,20 @@ Metric = Literal["accuracy", "loss"]
 P = ParamSpec("P")
 
 
-def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
+def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
+    """A drawing function in the style of the page's figures."""
+
     @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> "Figure":
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> "Figure":
         from matplotlib import rc_context  # half a second to load, only where something is drawn
 
         with rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
-@_styled
+@styled
 def score_by_round(record: RunRecord, metric: Metric) -> "Figure":
     """Accuracy in % or held-out loss in nats a token: the merged student as a line, each teacher's branches as marks.
 
@@ -57,7 +59,7 @@ def score_by_round(record: RunRecord, metric: Metric) -> "Figure":
     students = [(0, record.before), *((r.round, r.evaluation) for r in record.rounds)]
     merged = [(at, value, e) for at, e in students if (value := measured(e, metric)) is not None]
     teachers = list(dict.fromkeys(b.teacher for b in record.branches))
-    figure, axes = _figure(2.8)
+    figure, axes = blank(2.8)
     axes.set_ylabel("accuracy, %" if metric == "accuracy" else "held-out loss, nats a token")
     axes.plot([at for at, _, _ in merged], [y for _, y, _ in merged], "o-", color=INK, label="merged student", zorder=3)
     if metric == "accuracy":
@@ -70,7 +72,7 @@ def score_by_round(record: RunRecord, metric: Metric) -> "Figure":
         points = [(at - at_left, y) for at, y in values if y is not None]
         if points:
             look: Any = {"ls": "", "marker": MARKS[i % len(MARKS)], "ms": 5 if len(points) < 10 else 3.5}
-            axes.plot(*zip(*points, strict=True), **look, color=_color(i), label=label)
+            axes.plot(*zip(*points, strict=True), **look, color=color_of(i), label=label)
     last = max([at for at, _ in students] + [b.round for b in record.branches])
     every = math.ceil((last + 1) / 8)
     ticks = [t for t in range(0, last + 1, every) if t == 0 or t == record.best or abs(t - record.best) >= every]
@@ -79,11 +81,11 @@ def score_by_round(record: RunRecord, metric: Metric) -> "Figure":
     axes.set_xticks(ticks, names)
     axes.set_xlim(-0.5, last + 0.5)
     axes.set_xlabel("round")
-    _legend(figure)
+    legend(figure)
     return figure
 
 
-@_styled
+@styled
 def loss_curves(branches: Sequence[BranchRecord]) -> "Figure":
     """Training loss in nats a token by step, rounds one after another: a moving mean over each step's own, faint.
 
@@ -100,15 +102,15 @@ def loss_curves(branches: Sequence[BranchRecord]) -> "Figure":
         starts[n] = total
         total += max(len(b.train.losses) for b in branches if b.round == n)
     each = max(1, math.ceil(total / STEPS))
-    figure, axes = _figure(2.8)
+    figure, axes = blank(2.8)
     for i, (teacher, label) in enumerate(zip(teachers, short_names(teachers), strict=True)):
-        look: dict[str, Any] = {"color": _color(i), "marker": MARKS[i % len(MARKS)], "lw": 1.4}
+        look: dict[str, Any] = {"color": color_of(i), "marker": MARKS[i % len(MARKS)], "lw": 1.4}
         for b in (b for b in branches if b.teacher == teacher):
             points = _means(b.train.losses, each)
             xs, ys = [starts[b.round] + x for x, _ in points], [y for _, y in points]
             smooth = _moving_mean(ys, 1 if len(ys) < 20 else max(5, len(ys) // 10))
             if smooth != ys:
-                axes.plot(xs, ys, color=_color(i), lw=0.8, alpha=0.3)
+                axes.plot(xs, ys, color=color_of(i), lw=0.8, alpha=0.3)
             if xs:
                 axes.plot(xs, smooth, **look, markevery=[-1], label=label)
                 label = None  # once in the legend
@@ -120,11 +122,11 @@ def loss_curves(branches: Sequence[BranchRecord]) -> "Figure":
             axes.text(start + 0.5, 1.02, text, transform=axes.get_xaxis_transform())
     axes.set_xlabel("step")
     axes.set_ylabel("training loss, nats a token")
-    _legend(figure)
+    legend(figure)
     return figure
 
 
-@_styled
+@styled
 def teacher_pairs(done: RoundRecord, what: Literal["cosine", "opposition"]) -> "Figure":
     """One round's updates of every two teachers: their cosine, or the share of entries on which their signs differ.
 
@@ -134,10 +136,10 @@ def teacher_pairs(done: RoundRecord, what: Literal["cosine", "opposition"]) -> "
     values = done.fold.cosine if what == "cosine" else done.fold.opposition
     names = short_names(done.teachers)
     count = len(values)
-    figure, axes = _figure(0.9 + 0.42 * count)
+    figure, axes = blank(0.9 + 0.42 * count)
     top = max(0.5, *(x for row in values for x in row))
     title = "cosine" if what == "cosine" else "sign conflict"
-    _heat(figure, axes, values, *(("coolwarm", -1, 1) if what == "cosine" else ("cividis", 0, top)), numbers=count <= 6)
+    heat(figure, axes, values, *(("coolwarm", -1, 1) if what == "cosine" else ("cividis", 0, top)), numbers=count <= 6)
     axes.set_title(f"{title}, round {done.round}")
     tilted = sum(map(len, names)) > 30
     axes.set_xticks(range(count), names, **({"rotation": 30, "ha": "right"} if tilted else {}))
@@ -145,7 +147,7 @@ def teacher_pairs(done: RoundRecord, what: Literal["cosine", "opposition"]) -> "
     return figure
 
 
-@_styled
+@styled
 def layer_kinds(done: RoundRecord, what: Literal["relative_norm", "survived"]) -> "Figure":
     """One round's |D|/|W|, or the share of D that survived the fold, by layer and kind of module (see `by_layer`).
 
@@ -153,11 +155,11 @@ def layer_kinds(done: RoundRecord, what: Literal["relative_norm", "survived"]) -
     <Figure size 480x292 with 2 Axes>
     """
     layers, kinds, values = by_layer({m: getattr(f, what) for m, f in done.modules.items()})
-    figure, axes = _figure(1.1 + 0.26 * len(kinds))
+    figure, axes = blank(1.1 + 0.26 * len(kinds))
     known = [x for row in values for x in row if x is not None]
     top = max(known, default=0.0)
     low, high = (0, top or 1) if what == "relative_norm" else (min(0, *known, 0), max(1, top))
-    _heat(figure, axes, values, "viridis", low, high)
+    heat(figure, axes, values, "viridis", low, high)
     axes.set_title(f"{'|D|/|W|' if what == 'relative_norm' else 'survived'}, round {done.round}")
     every = math.ceil(len(layers) / 10)
     stacks = list(dict.fromkeys(stack for stack, number in layers if number is not None))
@@ -251,14 +253,16 @@ def _for_page(tag: str, name: str) -> str:
     return re.sub(r"font-family: [^;\"]*;? ?", "", tag).replace(INK, "currentColor")
 
 
-def _figure(height: float) -> tuple["Figure", Any]:
+def blank(height: float) -> tuple["Figure", Any]:
+    """A figure as wide as all of them, and its axes; height in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure((WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _legend(figure: "Figure") -> None:
+def legend(figure: "Figure") -> None:
+    """Name the marks above the axes, in as many columns as fit."""
     labels = [str(label) for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
     if labels:
         columns = max(1, 52 // (max(map(len, labels)) + 6))
@@ -267,7 +271,7 @@ def _legend(figure: "Figure") -> None:
         figure.legend(loc="outside upper left", ncols=columns, handlelength=1.5, columnspacing=1.2, borderpad=0)
 
 
-def _heat(
+def heat(
     figure: "Figure",
     axes: Any,
     values: Sequence[Sequence[float | None]],
@@ -276,6 +280,7 @@ def _heat(
     high: float,
     numbers: bool = False,
 ) -> None:
+    """Values as coloured cells with their bar, None as a hole; `numbers` also writes them into the cells."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -302,7 +307,8 @@ def _readable(color: Sequence[float]) -> str:
     return "black" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 else "white"
 
 
-def _color(i: int) -> str:
+def color_of(i: int) -> str:
+    """The colour of the i-th teacher."""
     return COLORS[i % len(COLORS)]
 
 

@@ -1,6 +1,5 @@
 """The commands. Each is one call into the package, and says what it did as a table or as JSON."""
 
-import json
 import os
 import shlex
 import sys
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from mot_lora import adapter_commands
 from mot_lora.errors import UserError
 from mot_lora.interruption import INTERRUPTS, signals_raise
+from mot_lora.options import Json, print_json
 
 if TYPE_CHECKING:
     from mot_lora.records import DataRecord
@@ -26,7 +27,6 @@ app = typer.Typer(
     epilog="Example: mot-lora init my.yaml, then mot-lora data my.yaml, then mot-lora run my.yaml",
 )
 LOOP, ADAPTERS = "Distill teachers into a student", "Merge adapters that you have"  # how --help groups the commands
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
 def _version(asked: bool) -> None:
@@ -73,7 +73,7 @@ def init(
     with writing(config):
         config.write_text(resources.files("mot_lora").joinpath("template.yaml").read_text("utf-8"), encoding="utf-8")
     if as_json:
-        _print_json({"config": str(config)})
+        print_json({"config": str(config)})
     else:
         print(f"{config}: name your student and teachers in it, then: mot-lora data {config}")
 
@@ -98,7 +98,7 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
         folder = locate(settings.student, list(COMPANIONS))
         record = load_data(settings, load_tokenizer(folder, settings.trust_remote_code), progress).record
     if as_json:
-        _print_json(record.model_dump(mode="json"))
+        print_json(record.model_dump(mode="json"))
         return
     for shown in data_tables(record):
         console.print(shown)
@@ -148,7 +148,7 @@ def run(
         again = shlex.join(["mot-lora", "run", str(config), *overrides])
         _end(_status(e), f"stopped; nothing that was finished is lost, go on with: {again}")
     if as_json:
-        _print_json({"run": settings.output, **record.model_dump(mode="json")})
+        print_json({"run": settings.output, **record.model_dump(mode="json")})
         return
     if not quiet:
         console.print(table(record))
@@ -172,7 +172,7 @@ def show(run_folder: RunFolder, as_json: Json = False) -> None:
     state, record = read_state(rundir), read_run(rundir)
     if as_json:
         run = record.model_dump(mode="json") if record else None
-        _print_json({"run_folder": str(run_folder), **state.model_dump(mode="json"), "run": run})
+        print_json({"run_folder": str(run_folder), **state.model_dump(mode="json"), "run": run})
         return
     console = screen()
     if record:
@@ -184,22 +184,40 @@ def show(run_folder: RunFolder, as_json: Json = False) -> None:
 def report(
     run_folder: RunFolder,
     out: Annotated[Path | None, typer.Option(help="the page to write; report.html in the run unless given")] = None,
+    traces: Annotated[int, typer.Option(help="held-out traces a teacher to look at consensus on", min=1)] = 8,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="do not look with the student; what was found before is shown")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run's page: scores, losses, agreement of the teachers, answers, data, settings. It may be at work still.
+    """Write a run's page: scores, losses, agreement, consensus, answers, data, settings. It may be at work still.
+
+    From two rounds on it looks at what the branches agree on, with the student, and keeps that in the run.
 
     Example: mot-lora report runs/quickstart --out quickstart.html
     """
     from mot_lora.durable import write_text
-    from mot_lora.ledger import read_page
+    from mot_lora.ledger import CONSENSUS, read_page
     from mot_lora.report import report as page_of
     from mot_lora.rundir import RunDir
 
-    page = page_of(read_page(RunDir(run_folder)))
+    page = read_page(RunDir(run_folder))
+    if len(page.record.rounds) > 1 and not quick:
+        from mot_lora.consensus import consensus
+        from mot_lora.display import live, screen
+
+        console = screen(as_json)
+        console.print(f"consensus, on at most {traces} held-out traces a teacher; --quick leaves it out")
+        try:
+            with live(console) as progress:
+                consensus(run_folder, traces=traces, progress=progress)
+        except UserError as e:
+            console.print(f"without looking at consensus: {e}", soft_wrap=True, highlight=False)
+        page = read_page(RunDir(run_folder))
     out = out or run_folder / "report.html"
-    write_text(out, page)
+    write_text(out, page_of(page))
     if as_json:
-        _print_json({"report": str(out)})
+        print_json({"report": str(out), "consensus": str(run_folder / CONSENSUS) if page.consensus else None})
     else:
         print(out)
 
@@ -225,171 +243,119 @@ def export(
     with live(console) as progress:
         number = export_round(run_folder, out, round=round, dtype=getattr(torch, dtype), progress=progress)
     if as_json:
-        _print_json({"out": str(out), "round": number, "dtype": dtype})
+        print_json({"out": str(out), "round": number, "dtype": dtype})
     else:
         console.print(f"round {number} in {dtype}: {out}", soft_wrap=True)
 
 
-Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="PEFT LoRA folders or Hub names")]
-Method = Annotated[
-    str | None, typer.Option(help="linear, ties, dare_linear, dare_ties, della, sce, or module:function of your own")
-]
-Weights = Annotated[str | None, typer.Option(help="one number an adapter, e.g. 2,1,1; equal unless given")]
-Density = Annotated[str | None, typer.Option(help="share of entries kept: a number, or PATTERN=NUMBER,... by module")]
-Scale = Annotated[str | None, typer.Option(help="multiplies the merge: a number, or PATTERN=NUMBER,... by module")]
-Space = Annotated[str | None, typer.Option(help="where the updates meet: core or knots; the weights' own unless given")]
-Seed = Annotated[int, typer.Option(help="of dare and della")]
-Spec = Annotated[Path | None, typer.Option(help="a YAML file of these settings, as under `merge:` in a config")]
-BaseModel = Annotated[str | None, typer.Option("--base", help="the model that the adapters are for")]
-
-
-@app.command(rich_help_panel=ADAPTERS)
-def merge(
-    adapters: Adapters,
-    out: Annotated[Path, typer.Option(help="the adapter folder to write; it must not exist")],
-    method: Method = None,
-    weights: Weights = None,
-    density: Density = None,
-    scale: Scale = None,
-    space: Space = None,
-    seed: Seed = 0,
-    rank: Annotated[int | None, typer.Option(help="the rank to write; exact where the merge is low-rank")] = None,
-    spec: Spec = None,
-    base: BaseModel = None,
-    as_json: Json = False,
-) -> None:
-    """Merge PEFT LoRA adapters by their true updates into one that PEFT loads.
-
-    Example: mot-lora merge a b c --method ties --density 0.5 --rank 32 --out merged
-    """
-    settings = _merge_settings(spec, method, weights, density, scale, space)
-    _check_new(out)
-    from mot_lora.display import live, screen
-    from mot_lora.pack import save_adapter
-    from mot_lora.sources import merge_adapters
-    from mot_lora.tables import save_table
-
-    console = screen(as_json)
-    merged = merge_adapters(adapters, **settings, seed=seed, base=base)
-    with live(console) as progress:
-        record = save_adapter(merged, out, rank, progress)
-    if as_json:
-        _print_json({"out": str(out), **record.model_dump(mode="json")})
-        return
-    if record.lost:
-        console.print(save_table(record))
-    lost = f"{record.lost:.2%} of the merge lost" if record.lost else "exact"
-    console.print(f"adapter of rank {record.rank}, {lost}: {out}", soft_wrap=True, highlight=False)
-
-
-@app.command(rich_help_panel=ADAPTERS)
-def fold(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="a model folder or Hub name, in 16 or 32 bits")],
-    adapters: Adapters,
-    out: Annotated[Path, typer.Option(help="the model folder to write; it must not exist")],
-    method: Method = None,
-    weights: Weights = None,
-    density: Density = None,
-    scale: Scale = None,
-    space: Space = None,
-    seed: Seed = 0,
-    spec: Spec = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="what is written; the base's unless given")
+@app.command("eval", rich_help_panel=LOOP)
+def eval_(
+    run_folder: RunFolder,
+    tasks: Annotated[str, typer.Option(help="names of tasks or groups, e.g. gsm8k,arc_challenge")],
+    round: Annotated[int | None, typer.Option(help="the round to measure; the best one unless given")] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="measure the student before the run too, and the change")
+    ] = False,
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="as the loop has it in memory; as exported, in bf16, unless given")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first questions of each task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="worked examples; the task's own unless given")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of an answer; the task's own, often 256, unless given")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="read it back and check every tensor")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions at a time")] = 8,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template/--no-chat-template", help="ask as a chat, or as plain text")
+    ] = True,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="a folder of task YAMLs of your own")] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge PEFT LoRA adapters and fold them into their base: a full checkpoint, exact, a tensor in memory at a time.
+    """Measure a round's student on standard benchmarks, with lm-evaluation-harness; results are kept in the run.
 
-    Example: mot-lora fold Qwen/Qwen3-0.6B a b c --out model --verify
+    Example: mot-lora eval runs/quickstart --tasks gsm8k,arc_challenge --base --limit 200
     """
-    settings = _merge_settings(spec, method, weights, density, scale, space)
-    _check_new(out)
-    import torch
-
-    from mot_lora.checkpoint import Checkpoint
     from mot_lora.display import live, screen
-    from mot_lora.fold import fold_checkpoint
-    from mot_lora.sources import merge_adapters
-    from mot_lora.tables import verify_table
-    from mot_lora.verify import verify_checkpoint
-
-    console = screen(as_json)
-    checkpoint = Checkpoint.open(base)
-    merged = merge_adapters(adapters, **settings, seed=seed, base=checkpoint)
-    to = getattr(torch, dtype) if dtype else None
-    with live(console) as progress:
-        fold_checkpoint(checkpoint, merged, out, to, progress=progress)
-        record = verify_checkpoint(checkpoint, merged, out, to, progress) if verify else None
-    if as_json:
-        verified = record.model_dump(mode="json") if record else None
-        _print_json({"out": str(out), "modules": len(merged.shapes), "verified": verified})
-        return
-    if record:
-        console.print(verify_table(record))
-    console.print(f"{len(merged.shapes)} modules of {base} updated: {out}", soft_wrap=True, highlight=False)
-
-
-@app.command(rich_help_panel=ADAPTERS)
-def inspect(
-    adapters: Adapters,
-    base: BaseModel = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf file")] = None,
-    as_json: Json = False,
-) -> None:
-    """Look at adapters before merging: ranks, norms, how far they agree, what a rank-r copy of their mean loses.
-
-    Example: mot-lora inspect a b c --base Qwen/Qwen3-0.6B --plot agreement.png
-    """
-    from mot_lora.picture import check_picture, save_picture
-
-    if plot:
-        check_picture(plot)
-    from mot_lora.display import live, screen
-    from mot_lora.inspection import inspect_adapters
-    from mot_lora.tables import inspect_tables
+    from mot_lora.harness import evaluate_run
+    from mot_lora.tables import eval_table
 
     console = screen(as_json)
     with live(console) as progress:
-        record = inspect_adapters(adapters, base, progress)
-    if plot:
-        save_picture(record, plot)
+        record = evaluate_run(
+            run_folder,
+            [t.strip() for t in tasks.split(",") if t.strip()],
+            round=round,
+            quantized=quantized,
+            base=base,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            include_path=include_path,
+            progress=progress,
+        )
     if as_json:
-        _print_json(record.model_dump(mode="json"))
-        return
-    for shown in inspect_tables(record):
-        console.print(shown)
-    if plot:
-        console.print(f"picture: {plot}", soft_wrap=True, highlight=False)
+        print_json({"run": str(run_folder), **record.model_dump(mode="json")})
+    else:
+        console.print(eval_table(record))
 
 
-def _merge_settings(
-    spec: Path | None,
-    method: str | None,
-    weights: str | None,
-    density: str | None,
-    scale: str | None,
-    space: str | None,
-) -> dict[str, Any]:
-    from mot_lora.reader import load_merge
+@app.command(rich_help_panel=LOOP)
+def compare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    seeds: Annotated[str, typer.Option(help="one run of every arm for each, e.g. 0,1,2")] = "0,1,2,3,4",
+    names: Annotated[
+        str, typer.Option("--arms", help="base, std, mtd, one_shot, linear, ties, ...; all; the paper's unless given")
+    ] = "",
+    budgets: Annotated[
+        str, typer.Option(help="the same steps a branch, or the same branch-steps in all")
+    ] = "steps,total",
+    out: Annotated[Path | None, typer.Option(help="where to work; the config's output unless given")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show nothing but the last line")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare merging with single teachers, their union and a vote: over seeds, at equal compute.
 
+    Writes compare.html, .csv and .json; the same command goes on where it stopped.
+
+    Example: mot-lora compare my.yaml --seeds 0,1,2 --arms std,mtd,linear,ties --out runs/compared
+    """
+    from mot_lora.arms import chosen, numbers
+    from mot_lora.reader import load_config
+
+    overrides = overrides or []
+    settings = load_config(config, overrides)
+    asked = numbers(seeds), *chosen(settings, names, budgets)
+    out = out or Path(settings.output)
+    command = ["mot-lora", "compare", str(config), *overrides, "--seeds", seeds, *(["--arms", names] if names else [])]
+    command += [*(["--budgets", budgets] if budgets != "steps,total" else []), "--out", str(out)]
     try:
-        numbers = None if weights is None else tuple(float(w) for w in weights.split(","))
-    except ValueError as e:
-        raise UserError(f"--weights {weights}: give one number an adapter, e.g. 2,1,1") from e
-    said = load_merge(spec, method=method, weights=numbers, density=density, scale=scale, space=space)
-    return said.model_dump()
+        from mot_lora.compare import compare as compare_arms
+        from mot_lora.compare import comparison_stages, publish
+        from mot_lora.display import live, screen
+        from mot_lora.tables import comparison_tables
+
+        said = {"Command": shlex.join(command), "Config": config.read_text(encoding="utf-8")}
+        console = screen(as_json, quiet)
+        with live(console, comparison_stages(settings, *asked), quiet) as progress:
+            runs = compare_arms(
+                settings, asked[0], out, *asked[1:], progress=progress, told=lambda r: publish(r, out, said)
+            )
+        comparison = publish(runs, out, said)
+    except INTERRUPTS as e:
+        _end(_status(e), f"stopped; nothing that was finished is lost, go on with: {shlex.join(command)}")
+    if as_json:
+        print_json({"out": str(out), **comparison.model_dump(mode="json")})
+        return
+    for shown in [] if quiet else comparison_tables(comparison):
+        console.print(shown)
+    console.print(f"comparison: {out} (compare.html is its picture)", soft_wrap=True, highlight=False)
 
 
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; choose another --out, nothing is overwritten")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    json.dump(value, sys.stdout)
-    sys.stdout.write("\n")
+for adapter_command in (adapter_commands.merge, adapter_commands.fold, adapter_commands.inspect):
+    app.command(rich_help_panel=ADAPTERS)(adapter_command)
 
 
 def _status(interrupt: BaseException) -> int:

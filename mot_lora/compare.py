@@ -1,26 +1,29 @@
 """A comparison at work: every arm with every seed, each a run of the loop in a folder of its own."""
 
+import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
-from mot_lora.arms import BOTH, PAPER, Arm, arms
-from mot_lora.comparison import ArmRun
+from mot_lora.arms import BOTH, PAPER, Arm, Budget, arms
+from mot_lora.compare_page import compare_page
+from mot_lora.comparison import ArmRun, Comparison, comparison_csv, summarize
 from mot_lora.config import Config
-from mot_lora.durable import check_files, read_lines, read_record, staged, write_record
+from mot_lora.durable import check_files, read_lines, read_record, staged, write_record, write_text
 from mot_lora.errors import UserError
 from mot_lora.ledger import read_run
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Answer, EvaluationRecord, RunRecord
-from mot_lora.rounds import Evaluate, Train, run
+from mot_lora.rounds import Evaluate, Train, run, stages
 from mot_lora.rundir import RunDir
 from mot_lora.scoring import elected, is_right, mean_score
 
-# What the student before the first round depends on, and with its own teacher a branch of the first round.
-SHARED = ("student", "lora", "branch", "quantization", "eval", "device", "trust_remote_code", "seed")
+# What the student before the first round depends on, and what beside its own teacher a branch of the first round.
+BEFORE = ("student", "quantization", "eval", "device", "trust_remote_code", "seed")
+BRANCH = (*BEFORE, "lora", "branch")
 
 
 def compare(
@@ -28,27 +31,33 @@ def compare(
     seeds: Sequence[int],
     out: str | Path,
     names: Sequence[str] = PAPER,
+    budgets: Sequence[Budget] = BOTH,
     *,
     train: Train = branch.train,
     evaluate: Evaluate = evaluation.evaluate,
     progress: Progress = silent,
+    told: Callable[[list[ArmRun]], object] | None = None,
 ) -> list[ArmRun]:
     """Run every arm with every seed, and give what each came to.
 
     Works in `out`, in a folder for each arm within one for each seed. What is finished there is never done again; the
     student before, and branches of the first round, are taken from an arm of the same seed that has them. Several
-    processes may work in one `out`, on different seeds.
+    processes may work in one `out`, on different seeds. `told` is given what there is after each arm.
 
     Errors: UserError as `arms` and `run`.
 
     >>> compare(load_config("recipes/compare_demo.yaml"), [0, 1, 2], "runs/compare")  # doctest: +SKIP
     """
+    if (Path(out) / "config.yaml").exists():
+        raise UserError(f"{out}: is a run; choose another folder for the comparison")
     for seed in seeds:
-        chosen = placed(config, seed, out, names)
+        chosen = placed(config, seed, out, names, budgets)
         for arm in chosen:
+            if _is_done(arm):
+                continue
             others = [RunDir(Path(a.config.output)) for a in chosen if a is not arm]
 
-            def watch(stage: str, *counts: Any, who: str = f"seed {seed}, {arm.name}", **numbers: Any) -> None:
+            def watch(stage: str, *counts: Any, who: str = _who(seed, arm), **numbers: Any) -> None:
                 progress(f"{who}, {stage}", *counts, **numbers)
 
             def begun(_data: object, arm: Arm = arm, others: Sequence[RunDir] = others) -> None:
@@ -58,18 +67,60 @@ def compare(
                 run(arm.config, train=train, evaluate=evaluate, progress=watch, started=begun)
             except UserError as e:
                 raise UserError(f"seed {seed}, arm {arm.name}: {e}") from e
-    return read_arms(config, seeds, out, names)
+            if told:
+                told(read_arms(config, seeds, out, names, budgets))
+        _check_inputs(chosen)
+    return read_arms(config, seeds, out, names, budgets)
 
 
-def placed(config: Config, seed: int, out: str | Path, names: Sequence[str]) -> list[Arm]:
+def _is_done(arm: Arm) -> bool:
+    """Whether the arm's run is finished, was asked the same, and is as it was written."""
+    rundir = RunDir(Path(arm.config.output))
+    if not (rundir.path / "config.yaml").exists() or rundir.config() != arm.config:
+        return False
+    record = read_run(rundir)
+    rundir.check(arm.config)
+    return bool(record and record.stopped)
+
+
+def _check_inputs(chosen: Sequence[Arm]) -> None:
+    """Errors: UserError when arms were made with different files of the same name."""
+    inputs = [(arm, RunDir(Path(arm.config.output)).environment()["inputs"]) for arm in chosen]
+    for arm, found in inputs:
+        if changed := _differ(inputs[0][1], found):
+            raise UserError(
+                f"{arm.config.output}: was made with other inputs than {inputs[0][0].config.output} ({', '.join(changed)} "
+                "changed in between); compare in another folder"
+            )
+
+
+def comparison_stages(
+    config: Config, seeds: Sequence[int], names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH
+) -> list[str]:
+    """The stages of a comparison in their order, as its progress names them; some are found done."""
+    return [
+        f"{_who(seed, arm)}, {stage}"
+        for seed in seeds
+        for arm in placed(config, seed, "", names, budgets)
+        for stage in stages(arm.config)
+    ]
+
+
+def _who(seed: int, arm: Arm) -> str:
+    return f"seed {seed}, {arm.folder}"
+
+
+def placed(
+    config: Config, seed: int, out: str | Path, names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH
+) -> list[Arm]:
     """The runs of a seed, each with its folder as output."""
-    found = arms(config.model_copy(update={"seed": seed}), names)
+    found = arms(config.model_copy(update={"seed": seed}), names, budgets)
     return [a.at(Path(out) / f"seed-{seed}" / a.folder) for a in found]
 
 
 def borrow(config: Config, others: Sequence[RunDir]) -> None:
-    """Copy what another run has finished that would come out the same here: the student before, and branches of the
-    first round. Only from runs with the same inputs, and what is there is left.
+    """Copy what another run has finished that would come out the same here: how the student did before, and branches
+    of the first round. Only from runs with the same inputs; what is there is left.
     """
     rundir, asked = RunDir(Path(config.output)), config.model_dump(mode="json")
     inputs = rundir.environment()["inputs"]
@@ -78,13 +129,14 @@ def borrow(config: Config, others: Sequence[RunDir]) -> None:
             continue
         found = other.config().model_dump(mode="json")
         theirs = other.environment().get("inputs", {})
-        if any(found[k] != asked[k] for k in SHARED) or any(theirs[k] != inputs[k] for k in theirs.keys() & inputs):
+        longest = found["branch"]["max_length"] == asked["branch"]["max_length"]  # of the held-out traces too
+        if not longest or any(found[k] != asked[k] for k in BEFORE) or _differ(theirs, inputs):
             continue
         if rundir.before() is None and (before := other.before()):
             check_files(other.path, before.files)
             shutil.copyfile(other.before_answers, rundir.before_answers)
             write_record(rundir.path / "before.json", before)
-        for teacher in asked["teachers"]:
+        for teacher in asked["teachers"] if all(found[k] == asked[k] for k in BRANCH) else ():
             name = teacher["name"]
             record = other.branch_record(1, name) if teacher in found["teachers"] else None
             if record and rundir.branch_record(1, name) is None:
@@ -93,12 +145,23 @@ def borrow(config: Config, others: Sequence[RunDir]) -> None:
                     shutil.copytree(other.branch(1, name), folder, dirs_exist_ok=True)
 
 
-def read_arms(config: Config, seeds: Sequence[int], out: str | Path, names: Sequence[str] = PAPER) -> list[ArmRun]:
+def _differ(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """The inputs that both have and that are not the same."""
+    return sorted(k for k in one.keys() & other.keys() if one[k] != other[k])
+
+
+def read_arms(
+    config: Config,
+    seeds: Sequence[int],
+    out: str | Path,
+    names: Sequence[str] = PAPER,
+    budgets: Sequence[Budget] = BOTH,
+) -> list[ArmRun]:
     """What every finished arm came to; those that are not finished are left out."""
     found: list[ArmRun] = []
     for seed in seeds:
         done: list[tuple[Arm, RunRecord]] = []
-        for arm in placed(config, seed, out, names):
+        for arm in placed(config, seed, out, names, budgets):
             rundir = RunDir(Path(arm.config.output))
             record = read_run(rundir) if (rundir.path / "config.yaml").exists() else None
             if record and record.stopped:
@@ -167,3 +230,28 @@ def _vote(answers: Sequence[Answer]) -> float:
     """The score of what most of several students say to one question, sample by sample."""
     ballots = zip(*(a.texts for a in answers), strict=True)
     return mean_score([float(is_right(elected(texts), answers[0].answer)) for texts in ballots])[0]
+
+
+def publish(runs: Sequence[ArmRun], out: str | Path, settings: Mapping[str, str]) -> Comparison:
+    """Write what a comparison came to as compare.json, compare.csv and compare.html, and return its summary.
+
+    settings: texts by title that say how it was made: the command, the config.
+    """
+    comparison, out = summarize(runs), Path(out)
+    versions = next((_versions(RunDir(f.parent)) for f in sorted(out.glob("seed-*/*/environment.json"))), {})
+    said = {**settings, **versions}
+    tree = {
+        "settings": said,
+        "comparison": comparison.model_dump(mode="json"),
+        "runs": [r.model_dump(mode="json") for r in runs],
+    }
+    write_text(out / "compare.json", json.dumps(tree, indent=1) + "\n")
+    write_text(out / "compare.csv", comparison_csv(runs))
+    write_text(out / "compare.html", compare_page(comparison, out.resolve().name, said))
+    return comparison
+
+
+def _versions(rundir: RunDir) -> dict[str, str]:
+    found = rundir.environment()
+    lines = [f"device: {found.get('device', '')}", *(f"{k}: {v}" for k, v in found.get("versions", {}).items())]
+    return {"Versions and device": "\n".join(lines)}

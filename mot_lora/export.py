@@ -1,5 +1,6 @@
 """A round's student as a full checkpoint with its model card."""
 
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -29,6 +30,31 @@ def export(
 
     Errors: UserError when the round is not finished, no round beats the student before, or the base has changed since.
     """
+    chosen = choose(path, round)
+    fold_checkpoint(
+        chosen.checkpoint,
+        read_ledger(chosen.rundir, chosen.round),
+        out,
+        dtype,
+        card=model_card(chosen.config, chosen.record, chosen.round),
+        progress=progress,
+    )
+    return chosen.round
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A finished round of a run, every file of it checked, and the run's base."""
+
+    rundir: RunDir
+    config: Config
+    record: RunRecord
+    round: int
+    checkpoint: Checkpoint
+
+
+def choose(path: str | Path, round: int | None = None) -> Chosen:
+    """A run's round, the best one unless given. Errors: as in `export`."""
     rundir = RunDir(Path(path))
     config, record = rundir.config(), read_run(rundir)
     if record is None:
@@ -43,15 +69,7 @@ def export(
     said = rundir.environment().get("inputs", {}).get("student")
     if checkpoint.fingerprint() != said:
         raise UserError(f"{config.student}: is not the model that {path} was begun with; bring that one back")
-    fold_checkpoint(
-        checkpoint,
-        read_ledger(rundir, number),
-        out,
-        dtype,
-        card=model_card(config, record, number),
-        progress=progress,
-    )
-    return number
+    return Chosen(rundir, config, record, number, checkpoint)
 
 
 def model_card(config: Config, record: RunRecord, number: int) -> str:
@@ -59,7 +77,8 @@ def model_card(config: Config, record: RunRecord, number: int) -> str:
     merge = record.rounds[number - 1]
     teachers = "\n".join(f"- {t} (weight {_text(w)})" for t, w in zip(merge.teachers, merge.weights, strict=True))
     density = "" if merge.density is None else f", density {_text(merge.density)}"
-    how = f"{merge.method}{density}, scale {_text(merge.scale)}"
+    momentum = f", momentum {merge.momentum:g}" if merge.momentum else ""
+    how = f"{merge.method}{density}, scale {_text(merge.scale)}{momentum}"
     rows = [("before", record.before), *((f"after round {r.round}", r.evaluation) for r in record.rounds[:number])]
     table = "\n".join(f"| {name} | {e.accuracy_text} | {e.loss_text} |" for name, e in rows)
     return f"""---

@@ -1,7 +1,8 @@
 """The pieces of a page: sections, tables, figures, texts; everything from data is escaped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib import resources
 
 from mot_lora.thought import THINK_END
 
@@ -60,3 +61,33 @@ def details(summary: str, body: str) -> str:
 
 def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>\n'
+
+
+def facts(known: Mapping[str, str]) -> str:
+    """What one wants to know first, as a list of names and values; what is empty is left out."""
+    found = (f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in known.items() if v)
+    return f"<dl>{''.join(found)}</dl>\n"
+
+
+def page(title: str, body: str) -> str:
+    """A whole page around its body, in the package's style, that asks nothing of the network."""
+    css = resources.files("mot_lora").joinpath("report.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>
+{css}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+{body}</main>
+</body>
+</html>
+"""

@@ -7,6 +7,8 @@ from importlib import resources
 from typing import Any, Literal, cast
 
 from mot_lora import charts
+from mot_lora.confidence import ConsensusRecord
+from mot_lora.consensus_section import consensus_sections
 from mot_lora.pieces import details, figure, generated, grid, note, section, standing_open, table
 from mot_lora.records import Answer, DataRecord, EvaluationRecord, RoundRecord, RunRecord, TeacherDataRecord
 
@@ -16,7 +18,7 @@ SHOWN = 2  # answers of each kind
 @dataclass(frozen=True)
 class Page:
     """Everything that a run's page shows: the run, its data, answers before and of the best round, its settings as
-    YAML, and what it was done with (versions, device, fingerprints of the inputs).
+    YAML, what it was done with (versions, device, fingerprints of the inputs), and its consensus, if looked at.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Page:
     after: Sequence[Answer] = ()
     config: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    consensus: ConsensusRecord | None = None
 
 
 def report(page: Page) -> str:
@@ -41,6 +44,7 @@ def report(page: Page) -> str:
         section("Score by round", _scores(record)),
         section("Training loss", _losses(record)),
         section("Agreement of the teachers", _agreement(record)),
+        consensus_sections(record, page.data, page.consensus),
         section("The update by layer", _layers(record)),
         section("Answers before and after", _answers(page.before, page.after, record.best or len(record.rounds))),
         section("Data", _data(page.data)),

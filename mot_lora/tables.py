@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -10,8 +11,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mot_lora.comparison import Comparison
+from mot_lora.comparison_rows import grids
 from mot_lora.records import DataRecord, InspectRecord, RunRecord, SaveRecord, Segment, VerifyRecord
 from mot_lora.report import COLUMNS, table_rows
+
+if TYPE_CHECKING:
+    from mot_lora.harness import HarnessRecord
 
 SHOWN = 8  # rows of a table that goes by the worst
 SAMPLE = 600  # characters of a piece of a sample
@@ -77,6 +83,31 @@ def table(record: RunRecord) -> Table:
     return out
 
 
+def eval_table(record: "HarnessRecord") -> Table:
+    """What lm-eval has measured of a round's student: a row for each metric, with W_0 beside it where it was asked."""
+    compared = any(r.base for r in record.results)
+    columns = ("task", "settings", "questions", "metric", "student", *(("base", "change") if compared else ()))
+    out = _table(f"the student after round {record.round}, measured by lm-eval", columns)
+    out.padding = (0, 1, 0, 0)  # it fits into 80 columns
+    out.columns[1].justify = "left"
+    out.columns[3].overflow = "fold"
+    for column in out.columns[4:]:
+        column.no_wrap = True
+    for r in record.results:
+        names = (r.task, r.settings, f"first {r.questions:,}" if r.limit else f"{r.questions:,}")
+        for i, (metric, score) in enumerate(r.scores.items()):
+            base = (r.base or {}).get(metric)
+            change = (base.text, f"{score.value - base.value:+.3f}") if base else ("-", "-")
+            cells = (
+                *(("", "", "") if i else names),
+                metric.replace(",", ", "),
+                score.text,
+                *(change if compared else ()),
+            )
+            out.add_row(*map(Text, cells), end_section=i == len(r.scores) - 1)
+    return out
+
+
 def data_tables(record: DataRecord) -> list[RenderableType]:
     """What became of each teacher's rows, and of each one trace as it is trained on, the trained part »marked«.
 
@@ -100,6 +131,25 @@ def data_tables(record: DataRecord) -> list[RenderableType]:
         if t.sample:
             title = Text(f"{t.teacher}, one trace, trained between » and «", style="bold")
             shown += [title, Padding(_sample(t.sample), (0, 0, 1, 2))]
+    return shown
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """The arms of a comparison, budget by budget: scores, differences, rounds, forgetting, costs.
+
+    >>> from mot_lora.comparison import ArmRun, summarize
+    >>> len(comparison_tables(summarize([ArmRun(arm="base", budgets=("steps",), seed=0, accuracy=(0.3,))])))
+    2
+    """
+    shown: list[Table] = []
+    for grid in grids(comparison):
+        out = _table(grid.title, grid.columns)
+        for column in out.columns[1:]:
+            column.vertical = "bottom"
+            column.no_wrap = True  # an arm's name may wrap, numbers must not
+        for name, cells in grid.rows:
+            out.add_row(Text(name), *map(Text, cells))
+        shown.append(out)
     return shown
 
 

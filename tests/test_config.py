@@ -16,10 +16,11 @@ from pydantic import ValidationError
 
 from mot_lora.config import (
     BranchConfig,
+    CompareConfig,
     Config,
     EvalConfig,
     LoraConfig,
-    MergeConfig,
+    RoundMergeConfig,
     Settings,
     StopConfig,
     TeacherConfig,
@@ -43,6 +44,9 @@ FULL: dict[str, Any] = {
     "seed": 7,
     "output": "out",
 }
+
+
+U: dict[str, Any] = {"name": "u", "data": "u.jsonl"}
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ def test_what_is_written_is_read(write: Write) -> None:
     assert (config.lora.r, config.lora.alpha, config.lora.rslora) == (8, 16, True)
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert config.quantization == "none"
-    merge = {"method": "ties", "density": 0.5, "weights": (1.0, 2.5), "scale": 0.9, "space": None}
+    merge = {"method": "ties", "density": 0.5, "weights": (1.0, 2.5), "scale": 0.9, "space": None, "momentum": 0.0}
     assert config.merge.model_dump() == merge
     assert (config.eval.samples, config.eval.temperature) == (4, 0.6)
     assert (config.stop.metric, config.stop.patience, config.seed) == ("accuracy", 2, 7)
@@ -90,9 +94,49 @@ def test_what_is_written_is_read(write: Write) -> None:
 def test_what_is_left_out_has_the_documented_default(write: Write) -> None:
     config = load_config(str(write(MINIMAL)))
     assert config == Config.model_validate({**MINIMAL, "teachers": [{"name": "a", "data": config.teachers[0].data}]})
-    merge = {"method": "linear", "density": None, "weights": None, "scale": 1.0, "space": None}
+    merge = {"method": "linear", "density": None, "weights": "uniform", "scale": 1.0, "space": None, "momentum": 0.0}
     assert config.merge.model_dump() == merge
     assert (config.branch.steps, config.branch.epochs, config.quantization) == (50, None, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("said", "weights", "given", "searched"),
+    [
+        (None, "uniform", None, False),
+        ("uniform", "uniform", None, False),
+        ("validation", "validation", None, True),
+        ("greedy", "greedy", None, True),
+        ([1, 0], (1.0, 0.0), (1.0, 0.0), False),
+        ([{"mlp.*": 2, "q_proj": 0}, "3"], ({"mlp.*": 2.0, "q_proj": 0.0}, 3.0), (..., 3.0), False),
+    ],
+    ids=str,
+)
+def test_weights_are_numbers_or_the_way_to_find_them(
+    write: Write, said: Any, weights: Any, given: Any, searched: bool
+) -> None:
+    tree = {**MINIMAL, "teachers": FULL["teachers"], "merge": {"weights": said, "momentum": 0.9}}
+    config = load_config(write({**tree, "eval": {"validation": "dev.jsonl"}}))
+    assert config.merge.weights == weights
+    assert (config.merge.given is None, config.merge.searched) == (given is None, searched)
+    assert config.merge.given in (None, weights)
+    assert config.merge.momentum == 0.9
+    assert load_config(write(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_unions_hold_teachers_and_unions(write: Write) -> None:
+    inner = [{"name": "x", "data": ["x1.jsonl", "x2.jsonl"], "samples": 3}, {**U, "verified_only": True}]
+    union = {"name": "all", "union": [{"name": "two", "union": inner}, {"name": "z", "data": "z.jsonl"}]}
+    config = load_config(write({**MINIMAL, "teachers": [{**union, "learning_rate": 1e-3}]}))
+    (teacher,) = config.teachers
+    assert [(m.name, m.samples, m.verified_only) for m in teacher.members] == [
+        ("x", 3, False),
+        ("u", None, True),
+        ("z", None, False),
+    ]
+    assert [Path(s).name for s in teacher.sources] == ["x1.jsonl", "x2.jsonl", "u.jsonl", "z.jsonl"]
+    assert teacher.members[0].members == (teacher.members[0],)
+    assert teacher.learning_rate == 1e-3
+    assert load_config(write(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
 def test_epochs_take_the_place_of_steps(write: Write) -> None:
@@ -116,7 +160,7 @@ def test_a_teacher_says_what_is_read_of_it(write: Write) -> None:
     tree["eval"] = {"data": "x.jsonl", "split": "test", "subset": "s", "columns": {"gold": "g"}, "overlap": 8}
     tree |= {"branch": {"save_steps": 5, "report_to": "wandb"}, "trust_remote_code": True}
     config = load_config(write(tree))
-    assert config.teachers[0].model_dump() == {**teacher, "learning_rate": 5e-5}
+    assert config.teachers[0].model_dump() == {**teacher, "learning_rate": 5e-5, "union": ()}
     plain = config.teachers[1]
     assert (plain.split, plain.subset, plain.columns, plain.samples, plain.seed) == (None, None, {}, None, None)
     assert (plain.verified_only, plain.learning_rate) == (False, None)
@@ -226,10 +270,8 @@ def test_a_merge_spec_is_the_merge_part_of_a_config(tmp_path: Path) -> None:
     file = tmp_path / "merge.yaml"
     file.write_text("method: ties\ndensity: {'mlp.*': 0.3, '.*': 0.5}\nweights: [1, {q_proj: 2}]\nspace: knots\n")
     spec = load_merge(file)
-    assert (
-        spec
-        == parse_config({**MINIMAL, "teachers": FULL["teachers"], "merge": yaml.safe_load(file.read_text())}, "x").merge
-    )
+    config = parse_config({**MINIMAL, "teachers": FULL["teachers"], "merge": yaml.safe_load(file.read_text())}, "x")
+    assert {**spec.model_dump(), "momentum": 0.0} == config.merge.model_dump()
     other = load_merge(
         str(file), density="0.25", scale="q_proj=2,mlp.*=3", weights=[1, 1, 1], method=None, space="core"
     )
@@ -254,7 +296,9 @@ def test_a_merge_spec_is_the_merge_part_of_a_config(tmp_path: Path) -> None:
         ({"scale": "q(=2"}, ["merge: `scale`", "`q(`"]),
         ({"scale": "nan"}, ["merge: `scale`", "finite"]),
         ({"scale": ""}, ["scale ''", "PATTERN=NUMBER"]),
-        ({"weights": [1, -1]}, ["merge: `weights`", "negative"]),
+        ({"weights": [1, -1]}, ["merge: `weights.1`", "negative"]),
+        ({"weights": "greedy"}, ["merge: `weights`", "tuple"]),
+        ({"momentum": 0.5}, ["merge: `momentum` is not a setting"]),
         ({"space": "cor"}, ["merge: `space`", "'core'"]),
         ({"desnity": 1}, ["merge: `desnity` is not a setting", "`density`"]),
     ],
@@ -378,6 +422,71 @@ def test_data_may_be_on_the_hub_and_a_path_is_one_also_where_nothing_is(
     assert load_config(file).teachers[0].sources[1] == str(tmp_path / "recipes" / "gsm8k")
 
 
+def paths_in(tree: dict[str, Any], path: Callable[[str], str]) -> dict[str, Any]:
+    """A config with every key that names data, each made by `path` from a word."""
+
+    def teacher(word: str) -> dict[str, Any]:
+        return {"name": word, "data": path(word)}
+
+    return {
+        **tree,
+        "teachers": [
+            {"name": "all", "union": [teacher("one"), {"name": "more", "union": [teacher("two"), teacher("three")]}]},
+            {"name": "joined", "data": [path("four"), path("five")]},
+        ],
+        "eval": {
+            "data": path("six"),
+            "validation": path("seven"),
+            "forgetting": {"short": path("eight"), "the-long": path("nine")},
+            "traces": [teacher("ten"), {"name": "both", "union": [teacher("eleven")]}],
+        },
+        "compare": {"noisy": teacher("twelve")},
+    }
+
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
+def data_of(config: Config) -> list[str]:
+    """What is read, in the order of WORDS."""
+    e, noisy = config.eval, config.compare.noisy
+    assert e.data
+    assert e.validation
+    assert noisy
+    asked = [e.data, e.validation, *e.forgetting.values()]
+    traces = [s for t in e.traces for s in t.sources]
+    return [*(s for t in config.teachers for s in t.sources), *asked, *traces, *noisy.sources]
+
+
+def test_every_key_that_names_data_is_a_path_from_the_file(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file = write(paths_in(MINIMAL, lambda word: f"../data/{word}.jsonl"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert data_of(load_config(file)) == [str(tmp_path / "data" / f"{word}.jsonl") for word in WORDS]
+    for prefix, becomes in (("demo:", f"{demo_path()}/"), ("reasoning_gym:", "reasoning_gym:"), ("hub/", "hub/")):
+        config = load_config(write(paths_in(MINIMAL, lambda word, prefix=prefix: prefix + word)))
+        assert data_of(config) == [becomes.replace("//", "/") + word for word in WORDS]
+        assert load_config(write(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    said = [
+        "teachers.0.union.1.union.0.data=x.jsonl",
+        "eval.validation=y.jsonl",
+        "eval.forgetting.short=demo:short.jsonl",
+        "eval.traces.0.data=z.jsonl",
+        "compare.noisy.data=reasoning_gym:chain_sum:7",
+    ]
+    got = data_of(load_config(file, said))
+    here = tmp_path / "elsewhere"
+    assert [got[WORDS.index(w)] for w in ("two", "seven", "eight", "ten", "twelve")] == [
+        str(here / "x.jsonl"),
+        str(here / "y.jsonl"),
+        str(demo_path("short.jsonl")),
+        str(here / "z.jsonl"),
+        "reasoning_gym:chain_sum:7",
+    ]
+
+
 def test_home_is_known(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     config = load_config(write({**MINIMAL, "eval": {"data": "~/test.jsonl"}}))
@@ -390,14 +499,16 @@ TEMPLATE = (demo_path().parent / "template.yaml").read_text(encoding="utf-8")
 GROUPS: dict[str, type[Settings]] = {
     "branch": BranchConfig,
     "lora": LoraConfig,
-    "merge": MergeConfig,
+    "merge": RoundMergeConfig,
     "eval": EvalConfig,
     "stop": StopConfig,
+    "compare": CompareConfig,
 }
 
 
 def uncommented(text: str) -> dict[str, Any]:
     """The template's settings, with those that stand in comments."""
+    text = text.replace("{name: ..., data: ...}", "{name: x, data: x.jsonl}").replace(", ...]", "]")
     return yaml.safe_load(re.sub(r"^( *)# (?=[a-z_]+: )", r"\1", text, flags=re.MULTILINE))
 
 
@@ -405,13 +516,15 @@ def test_the_template_is_a_config(write: Write) -> None:
     config = load_config(write(TEMPLATE))
     assert [t.name for t in config.teachers] == ["first", "second"]
     assert config.student == "Qwen/Qwen3-0.6B"
-    assert config.merge == MergeConfig()
+    assert config.merge == RoundMergeConfig()
     assert config.metric == "loss"
 
 
 def test_every_setting_of_the_template_is_one_also_where_it_is_a_comment(write: Write) -> None:
     tree = uncommented(TEMPLATE)
     assert tree["merge"].pop("density") == 0.5  # which linear does not take
+    union = tree["teachers"][0].pop("union")  # in the place of data
+    assert load_config(write({**tree, "teachers": [{"name": "all", "union": union}]})).teachers[0].members
     config = load_config(write(tree))
     assert config.teachers[0].samples == 1000
     assert config.teachers[0].columns["gold"] == "expected_answer"
@@ -430,9 +543,10 @@ def test_the_template_says_every_setting_that_there_is() -> None:
 
 def test_what_the_template_says_in_comments_is_the_default() -> None:
     spoken, plain = uncommented(TEMPLATE), yaml.safe_load(TEMPLATE)
-    apart = {"report_to", "weights", "density", "space", "data", "limit", "split", "subset", "columns", "samples"}
+    apart = {"report_to", "density", "space", "data", "limit", "split", "subset", "columns", "samples"}
+    apart |= {"validation", "forgetting", "traces", "noisy"}
     for name, group in GROUPS.items():
-        for key in set(spoken[name]) - set(plain[name] or {}) - apart - {"temperature", "top_p"}:
+        for key in set(spoken[name]) - set(plain.get(name) or {}) - apart - {"temperature", "top_p"}:
             assert spoken[name][key] == group.model_fields[key].default, (name, key)
 
 
@@ -518,7 +632,7 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"lora": {"alhpa": 1}}, ["`lora.alhpa`", "did you mean `alpha`?"]),
         ({"eval": {"tempreature": 1}}, ["`eval.tempreature`", "did you mean `temperature`?"]),
         ({"stop": {"patients": 1}}, ["`stop.patients`", "did you mean `patience`?"]),
-        ({"teachers": [{"name": "a", "date": "x"}]}, ["teachers.0.data"]),
+        ({"teachers": [{"name": "a", "date": "x"}]}, ["teachers.0.date", "did you mean `data`?"]),
         ({"teachers": [{"name": "a", "data": "x", "dat": "x"}]}, ["`teachers.0.dat`", "did you mean `data`?"]),
         ({"stop": {"zzzzzz": 1}}, ["`stop.zzzzzz`", "metric, patience"]),
         ({"branch": {"steps": 3, "epochs": 1}}, ["`branch`", "either `steps` or `epochs`"]),
@@ -568,6 +682,29 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"merge": {"weights": [float("nan")]}}, ["merge.weights", "finite"]),
         ({"merge": {"weights": [float("inf")]}}, ["merge.weights", "finite"]),
         ({"merge": {"weights": ["x"]}}, ["merge.weights"]),
+        ({"merge": {"weights": "greed"}}, ["`merge.weights`", "'uniform', 'validation' or 'greedy'"]),
+        ({"merge": {"weights": 3}}, ["`merge.weights`", "tuple"]),
+        ({"merge": {"weights": []}}, ["merge.weights", "0 numbers for 1 teachers"]),
+        *(
+            ({"merge": {"weights": w}, "eval": {"data": "x"}}, [f"merge.weights `{w}` needs `eval.validation`"])
+            for w in ("validation", "greedy")
+        ),
+        ({"merge": {"momentum": 1}}, ["`merge.momentum`", "less than 1"]),
+        ({"merge": {"momentum": -0.1}}, ["`merge.momentum`", "greater than or equal to 0"]),
+        ({"merge": {"momentum": {"mlp": 0.5}}}, ["`merge.momentum`", "number"]),
+        ({"merge": {"momntum": 0.5}}, ["`merge.momntum`", "did you mean `momentum`?"]),
+        ({"eval": {"validatoin": "x"}}, ["`eval.validatoin`", "did you mean `validation`?"]),
+        ({"eval": {"validation": ["a", "b"]}}, ["`eval.validation`", "string"]),
+        ({"eval": {"forgetting": "x.jsonl"}}, ["`eval.forgetting`", "dictionary"]),
+        ({"eval": {"forgetting": {"a/b": "x"}}}, ["`eval.forgetting.a/b`", "letters, digits"]),
+        ({"eval": {"forgetting": {"a": ["x"]}}}, ["`eval.forgetting.a`", "string"]),
+        ({"eval": {"traces": [{"name": "a"}]}}, ["`eval.traces.0`", "teacher `a` needs `data`"]),
+        ({"eval": {"traces": [{**U, "nmae": "x"}]}}, ["`eval.traces.0.nmae`", "did you mean `name`?"]),
+        ({"eval": {"traces": [U, {**U, "data": "z"}]}}, ["`eval.traces`", "twice: u"]),
+        ({"compare": {"niosy": U}}, ["`compare.niosy`", "did you mean `noisy`?"]),
+        ({"compare": {"noisy": {**U, "sample": 3}}}, ["`compare.noisy.sample`", "did you mean `samples`?"]),
+        ({"compare": {"noisy": "x.jsonl"}}, ["`compare.noisy`"]),
+        ({"compare": {"noisy": {"name": "A", "data": "x"}}}, ["compare.noisy", "`A` is also a teacher"]),
         ({"merge": {"scale": 0}}, ["`merge.scale`"]),
         ({"merge": {"scale": float("inf")}}, ["`merge.scale`", "finite"]),
         ({"eval": {"samples": 4}}, ["`eval`", "`samples`", "`temperature`"]),
@@ -581,7 +718,7 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"teachers": []}, ["`teachers`", "at least one"]),
         ({"teachers": "a.jsonl"}, ["`teachers`"]),
         ({"teachers": ["a.jsonl"]}, ["`teachers.0`"]),
-        ({"teachers": [{"name": "a"}]}, ["`teachers.0.data`"]),
+        ({"teachers": [{"name": "a"}]}, ["`teachers.0`", "teacher `a` needs `data`, or a `union`"]),
         ({"teachers": [{"name": "a/b", "data": "x"}]}, ["`teachers.0.name`"]),
         ({"teachers": [{"name": "..", "data": "x"}]}, ["`teachers.0.name`"]),
         ({"teachers": [{"name": "-x", "data": "x"}]}, ["`teachers.0.name`"]),
@@ -592,7 +729,22 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"teachers": [{"name": "Straße", "data": "x"}]}, ["`teachers.0.name`", "letters, digits"]),
         ({"teachers": [{"name": "a.b", "data": "x"}]}, ["`teachers.0.name`", "`a.b` also names a folder"]),
         ({"teachers": [{"name": 7, "data": "x"}]}, ["`teachers.0.name`", "string"]),
-        ({"teachers": [{"name": "a", "data": []}]}, ["teachers.0.data"]),
+        ({"teachers": [{"name": "a", "data": []}]}, ["`teachers.0`", "teacher `a` needs `data`, or a `union`"]),
+        ({"teachers": [{"name": "a", "data": "x", "union": [U]}]}, ["`teachers.0`", "and not both"]),
+        ({"teachers": [{"name": "a", "union": []}]}, ["`teachers.0`", "teacher `a` needs `data`"]),
+        ({"teachers": [{"name": "a", "union": [{"name": "b"}]}]}, ["`teachers.0.union.0`", "teacher `b` needs"]),
+        ({"teachers": [{"name": "a", "union": [{**U, "name": "."}]}]}, ["`teachers.0.union.0.name`"]),
+        ({"teachers": [{"name": "a", "union": [{**U, "sampels": 3}]}]}, ["union.0.sampels", "mean `samples`?"]),
+        *(
+            ({"teachers": [{"name": "a", "union": [U], **how}]}, ["`teachers.0`", "`a` is a union", "each of its"])
+            for how in (
+                {"samples": 3},
+                {"verified_only": True},
+                {"split": "train"},
+                {"subset": "main"},
+                {"columns": {"gold": "x"}},
+            )
+        ),
         ({"teachers": [{"name": "a", "data": {"x": "y"}}]}, ["teachers.0.data"]),
         ({"teachers": [{"name": "a", "data": ["x", 7]}]}, ["teachers.0.data"]),
         ({"teachers": [{"name": "a", "data": "x", "samples": 0}]}, ["`teachers.0.samples`", "1"]),

@@ -1,0 +1,360 @@
+"""Consensus, looked at: a run's base, branches and students on held-out traces, token by token (arXiv 2509.08814)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mot_lora.adapters import WEIGHTS_FILE
+from mot_lora.base import fold, load_model
+from mot_lora.branch import ADAPTER, add_adapter
+from mot_lora.chat import collate, load_tokenizer
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.confidence import (
+    KINDS,
+    ConsensusRecord,
+    ConsensusRound,
+    ExampleRecord,
+    LandscapeRecord,
+    LossLine,
+    StudentConfidence,
+    TokenRecord,
+    classes_of,
+    consensus_of,
+)
+from mot_lora.config import Config
+from mot_lora.data import load_data
+from mot_lora.durable import sha256, write_record
+from mot_lora.errors import UserError, is_out_of_memory
+from mot_lora.evaluate import LOSS_CHUNK, held_out_losses
+from mot_lora.ledger import CONSENSUS, read_consensus, read_ledger, read_run
+from mot_lora.loss import IGNORE, token_log_probs
+from mot_lora.lowrank import Adapter, Factors, Update, inner
+from mot_lora.merge import seed_for
+from mot_lora.merged import Merged, combine
+from mot_lora.progress import Progress, silent
+from mot_lora.records import EvaluationRecord
+from mot_lora.rundir import RunDir
+from mot_lora.traces import Example
+
+SHOWN = 500  # tokens of a trace that is shown
+BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
+ALONG = (0.0, 0.5, 1.0, 1.5, 2.0)  # shares of the round's update D
+AROUND = (-1.0, -0.5, 0.5, 1.0)  # steps of size |D|
+DIRECTIONS = 2
+
+LogProbs = dict[str, list[Tensor]]  # of each teacher's traces, [trained tokens] fp32
+
+
+def consensus(run: str | Path, *, traces: int = 8, progress: Progress = silent) -> ConsensusRecord:
+    """Look at a run's students on at most so many held-out traces a teacher, in the run's quantization.
+
+    How sure W_0, every branch and every merged student are; what the branches of the first and of the last round agree
+    on, and what their merge makes of it; the loss around the last round. Written to the run as consensus.json, and read
+    from there unless rounds were added or `traces` differs.
+
+    Errors: UserError for fewer than two rounds or teachers, no held-out traces, a run at work, a damaged run, or a base
+    or data that are not those that it was begun with.
+
+    >>> consensus("runs/quickstart").rounds[-1].outcome  # doctest: +SKIP
+    'in part'
+    """
+    rundir = RunDir(Path(run))
+    config, record = rundir.config(), read_run(rundir)
+    rounds = len(record.rounds) if record else 0
+    if rounds < 2:
+        raise UserError(f"{run}: consensus is looked at from two finished rounds on; here are {rounds}")
+    if len(config.teachers) < 2:
+        raise UserError(f"{run}: consensus takes two teachers or more; here is one")
+    if config.eval.holdout == 0:
+        raise UserError(f"{run}: no traces were held out to look at consensus on; eval.holdout is 0")
+    if traces < 1:
+        raise UserError(f"traces must be at least 1, not {traces}")
+    basis = tuple(sha256(rundir.round(n) / "round.json") for n in range(1, rounds + 1))
+    found = read_consensus(rundir)
+    if found and (found.basis, found.traces) == (basis, traces):
+        return found
+    if who := rundir.at_work():
+        raise UserError(f"{run}: is at work ({who}); consensus can be looked at when it has stopped")
+    rundir.check(config)
+    try:
+        look = _open(rundir, config, traces, progress)
+        confidence, parts, examples = look.students(rounds)
+        landscape = look.landscape(rounds)
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        raise UserError(f"{run}: out of memory looking at consensus ({' '.join(str(e).split())[:160]})") from e
+    found = ConsensusRecord(
+        basis=basis,
+        traces=traces,
+        questions=len(set(look.questions)),
+        branches=look.branches,
+        confidence=confidence,
+        rounds=parts,
+        examples=examples,
+        landscape=landscape,
+    )
+    write_record(rundir.path / CONSENSUS, found)
+    return found
+
+
+def _open(rundir: RunDir, config: Config, traces: int, progress: Progress) -> "Look":
+    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
+    inputs = rundir.environment().get("inputs", {})
+    if checkpoint.fingerprint() != inputs.get("student"):
+        raise UserError(f"{config.student}: is not the model that {rundir.path} was begun with; bring that one back")
+    tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
+    data = load_data(config, tokenizer, progress)
+    if changed := [source for source, said in data.fingerprints.items() if inputs.get(source) != said]:
+        raise UserError(f"{changed[0]}: has other rows than when {rundir.path} was begun; bring those back")
+    held_out = {name: examples[:traces] for name, examples in data.held_out.items() if examples}
+    if not held_out:
+        raise UserError(f"{rundir.path}: no traces were held out to look at consensus on; eval.holdout is too small")
+    progress("load the student", 0, 1)
+    model = add_adapter(
+        load_model(checkpoint, config.quantization, _device(config), config.trust_remote_code), config.lora
+    )
+    model.eval()
+    progress("load the student", 1, 1)
+    return Look(rundir, config, checkpoint, tokenizer, model, held_out, progress)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run's student in memory, set to one state of the run after the other, and the traces to look at it on."""
+
+    rundir: RunDir
+    config: Config
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    model: PeftModel
+    held_out: Mapping[str, Sequence[Example]]
+    progress: Progress
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.config.teachers)
+
+    @property
+    def questions(self) -> list[int]:
+        """The question of every trained token, in the order of `_flat`; the same number for every teacher's trace."""
+        numbers: dict[tuple[int, ...], int] = {}
+        out: list[int] = []
+        for e in (e for examples in self.held_out.values() for e in examples):
+            number = numbers.setdefault(e.input_ids[: e.prompt_length], len(numbers))
+            out += [number] * len(_predicted(e))
+        return out
+
+    def students(
+        self, rounds: int
+    ) -> tuple[tuple[StudentConfidence, ...], tuple[ConsensusRound, ...], tuple[ExampleRecord, ...]]:
+        """Every student of the run on the traces, and what the branches of the first and the last round agree on."""
+        one_more = self.counted("confidence", 1 + rounds * (1 + len(self.branches)))
+        questions = torch.tensor(self.questions)
+        base = self.log_probs(adapter=False)
+        one_more()
+        confidence = [_confidence(0, None, base)]
+        parts: list[ConsensusRound] = []
+        start, branches, merged = base, dict[str, LogProbs](), base
+        for number in range(1, rounds + 1):
+            start = merged
+            for name in self.branches:
+                self.load(self.rundir.branch(number, name))
+                branches[name] = self.log_probs(adapter=True)
+                confidence.append(_confidence(number, name, branches[name]))
+                one_more()
+            self.fold(read_ledger(self.rundir, number, self.model.device))
+            merged = self.log_probs(adapter=False)
+            confidence.append(_confidence(number, None, merged))
+            one_more()
+            if number in (1, rounds):
+                each = torch.stack([_flat(b) for b in branches.values()])
+                parts.append(consensus_of(number, _flat(start), each, _flat(merged), _flat(base), questions))
+        examples = tuple(
+            self.example(name, examples[0], start[name][0], [b[name][0] for b in branches.values()], merged[name][0])
+            for name, examples in self.held_out.items()
+        )
+        return tuple(confidence), tuple(parts), examples
+
+    def landscape(self, rounds: int) -> LandscapeRecord:
+        """The held-out loss around a round's students, each folded and rounded as the merged one is."""
+        device = self.model.device
+        start, end = read_ledger(self.rundir, rounds - 1, device), read_ledger(self.rundir, rounds, device)
+        branches = end[-1].adapters
+        pairs = [(a, b) for i, b in enumerate(branches) for a in branches[:i]]
+        inner_points = len(pairs) * (len(BETWEEN) - 2)
+        one_more = self.counted("landscape", len(branches) + inner_points + len(ALONG) + DIRECTIONS * len(AROUND))
+
+        def loss(ledger: list[Merged]) -> float:
+            self.fold(ledger)
+            with torch.no_grad(), self.model.disable_adapter():
+                losses = held_out_losses(self.model, self.tokenizer, self.held_out, self.config.eval)
+            one_more()
+            return cast("float", EvaluationRecord(losses=losses).loss)
+
+        own = {a.name: loss([*start, combine([a])]) for a in branches}
+        between = [
+            LossLine(
+                name=f"{a.name} to {b.name}",
+                at=BETWEEN,
+                losses=(
+                    own[a.name],
+                    *(loss([*start, combine([a, b], weights=(1 - x, x))]) for x in BETWEEN[1:-1]),
+                    own[b.name],
+                ),
+            )
+            for a, b in pairs
+        ]
+        # with momentum a round also changes the weights of the updates before it: D is a difference of ledgers
+        along = [loss(_toward(start, end, s)) for s in ALONG]
+        merged, middle = along[ALONG.index(1.0)], len(AROUND) // 2
+        random: list[LossLine] = []
+        directions = self.directions(start, end)
+        for k, direction in enumerate(directions, 1):
+            losses = [loss([*end, combine([direction]).scaled(x)]) for x in AROUND]
+            random.append(
+                LossLine(
+                    name=f"random {k}",
+                    at=(*AROUND[:middle], 0.0, *AROUND[middle:]),
+                    losses=(*losses[:middle], merged, *losses[middle:]),
+                )
+            )
+        update = LossLine(name="along the update", at=tuple(s - 1 for s in ALONG), losses=tuple(along))
+        return LandscapeRecord(between=tuple(between), update=update, random=tuple(random))
+
+    def directions(self, start: Sequence[Merged], end: Sequence[Merged]) -> list[Adapter]:
+        """Random low-rank updates, in each module as large as what the round changed."""
+        factors: list[dict[str, Update]] = [{} for _ in range(DIRECTIONS)]
+        for module, shape in {m: shape for merged in end for m, shape in merged.shapes.items()}.items():
+            change = torch.zeros(shape, device=self.model.device)
+            for merged in (*end, *(m.scaled(-1.0) for m in start)):
+                if module in merged.shapes:
+                    change += merged.delta(module)
+            for k, direction in enumerate(factors):
+                seed = seed_for(self.config.seed, "landscape", k, module)
+                direction[module] = _random(shape, self.config.lora.r, float(change.norm()), seed, change.device)
+        return [Adapter(f"random {k}", direction) for k, direction in enumerate(factors, 1)]
+
+    def load(self, folder: Path) -> None:
+        """Make the model's one adapter that of a branch, as it was trained."""
+        result = set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER)
+        if result.unexpected_keys:
+            raise UserError(f"{folder / WEIGHTS_FILE}: holds {result.unexpected_keys[0]}, which the student has not")
+
+    def fold(self, ledger: Sequence[Merged]) -> None:
+        """Set the student to round(W_0 + ledger)."""
+        for _ in fold(self.model, self.checkpoint, ledger):
+            pass
+
+    def log_probs(self, *, adapter: bool) -> LogProbs:
+        """Log p of every trained token, of one trace at a time, by the student with or without its adapter."""
+        with nullcontext() if adapter else self.model.disable_adapter():
+            return {name: [self._log_probs(e) for e in examples] for name, examples in self.held_out.items()}
+
+    def _log_probs(self, example: Example) -> Tensor:
+        batch = {k: v.to(self.model.device) for k, v in collate([example], 0).items()}
+        return token_log_probs(self.model.get_base_model(), batch, LOSS_CHUNK).cpu()
+
+    def example(
+        self, teacher: str, trace: Example, start: Tensor, branches: Sequence[Tensor], merged: Tensor
+    ) -> ExampleRecord:
+        """A trace with what became of each of its tokens in the last round."""
+        gains = torch.stack(list(branches)) - start
+        kinds, order = classes_of(gains), {position: n for n, position in enumerate(_predicted(trace))}
+        begin = trace.prompt_length
+        shown = range(begin, min(len(trace), begin + SHOWN))
+        tokens: list[TokenRecord] = []
+        for position, text in zip(shown, pieces(self.tokenizer, trace.input_ids[begin : begin + SHOWN]), strict=True):
+            n = order.get(position)
+            if n is None:
+                tokens.append(TokenRecord(text=text))
+                continue
+            tokens.append(
+                TokenRecord(
+                    text=text,
+                    kind=KINDS[int(kinds[n])],
+                    start=_rounded(start[n]),
+                    branches=tuple(map(_rounded, gains[:, n])),
+                    merged=_rounded(merged[n] - start[n]),
+                )
+            )
+        prompt = cast("str", self.tokenizer.decode(list(trace.input_ids[:begin]), skip_special_tokens=False))
+        return ExampleRecord(
+            teacher=teacher, prompt=prompt, tokens=tuple(tokens), more=len(trace) - begin - len(tokens)
+        )
+
+    def counted(self, stage: str, total: int) -> Callable[[], None]:
+        """Begin a stage; each call says that one more of it is done."""
+        counts = iter(range(1, total + 1))
+        self.progress(stage, 0, total)
+        return lambda: self.progress(stage, next(counts), total)
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Each token's own text; that of a character made of several tokens is with the last of them.
+
+    >>> pieces(tokenizer, tokenizer.encode("18 apples"))  # doctest: +SKIP
+    ['18', ' apples']
+    """
+    texts: list[str] = []
+    before = begin = 0  # a token is read with what stands before it, on which its spaces can depend
+    for end in range(1, len(ids) + 1):
+        said, whole = (cast("str", tokenizer.decode(list(ids[before:e]))) for e in (begin, end))
+        if whole.endswith("\N{REPLACEMENT CHARACTER}") and end - begin < 8 and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(whole[len(said) :])
+            before, begin = begin, end
+    return texts
+
+
+def _confidence(number: int, branch: str | None, found: LogProbs) -> StudentConfidence:
+    each = {teacher: torch.cat(traces).double() for teacher, traces in found.items()}
+    return StudentConfidence(
+        round=number,
+        branch=branch,
+        p={teacher: float(x.exp().mean()) for teacher, x in each.items()},
+        log_p={teacher: float(x.mean()) for teacher, x in each.items()},
+    )
+
+
+def _predicted(example: Example) -> list[int]:
+    """The positions of the trained tokens; nothing predicts the first token."""
+    return [i for i, label in enumerate(example.labels) if i and label != IGNORE]
+
+
+def _flat(found: LogProbs) -> Tensor:
+    return torch.cat([trace for traces in found.values() for trace in traces])
+
+
+def _toward(start: Sequence[Merged], end: Sequence[Merged], s: float) -> list[Merged]:
+    """The ledger of start + s (end - start)."""
+    return [m.scaled(share) for ledger, share in ((start, 1 - s), (end, s)) if share for m in ledger]
+
+
+def _random(shape: Sequence[int], rank: int, size: float, seed: int, device: torch.device) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+    drawn = Factors(torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator))
+    return Factors(drawn.a.to(device), drawn.b.to(device), size / math.sqrt(inner(drawn, drawn)))
+
+
+def _rounded(value: Tensor) -> float:
+    return round(float(value), 3)
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("the run was done on a GPU (device `cuda`), but torch finds none to look at consensus with")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
