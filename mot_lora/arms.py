@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mot_lora.config import Config, TeacherConfig
+from mot_lora.config import MERGE_METHODS, Config, TeacherConfig
 from mot_lora.errors import UserError
 
 Budget = Literal["steps", "total"]
@@ -65,8 +65,10 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
         raise UserError("a comparison needs at least two teachers")
     if config.branch.steps is None:
         raise UserError("a comparison needs branch.steps, so that budgets can be equal to the step; not branch.epochs")
+    if not set(names) - {"base"}:
+        raise UserError("a comparison needs another arm beside base")
     for name in names:
-        _check(config, name)
+        _check(config, name, names)
     plain = _varied(
         config,
         stop={**config.stop.model_dump(), "patience": None},
@@ -74,7 +76,11 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
         eval={**config.eval.model_dump(), "branches": False, "traces": config.eval.traces or config.teachers},
     )
     found = (arm for name in known_arms(config) if name in names for arm in _runs(plain, config.compare.noisy, name))
-    return [arm for arm in found if set(arm.budgets) & set(budgets)]
+    chosen = [arm for arm in found if set(arm.budgets) & set(budgets)]
+    folders = [arm.folder.casefold() for arm in chosen]
+    if twice := [arm.name for arm in chosen if folders.count(arm.folder.casefold()) > 1]:
+        raise UserError(f"arms {' and '.join(twice)} would share a folder; rename a teacher")
+    return chosen
 
 
 def chosen(config: Config, names: str = "", budgets: str = ",".join(BOTH)) -> tuple[list[str], list[Budget]]:
@@ -82,14 +88,15 @@ def chosen(config: Config, names: str = "", budgets: str = ",".join(BOTH)) -> tu
 
     Errors: UserError for names that are not known.
     """
-    asked = [n.strip() for n in names.split(",") if n.strip()]
+    asked = [n.strip() for n in names.split(",") if n.strip()] or list(PAPER)
+    if "all" in asked:
+        asked = list(known_arms(config))
     for name in asked:
-        if name != "all":
-            _check(config, name)
+        _check(config, name, asked)
     which: list[Budget] = [b for b in BOTH if b in [x.strip() for x in budgets.split(",")]]
     if not which or len(which) < len({x.strip() for x in budgets.split(",") if x.strip()}):
         raise UserError(f"--budgets {budgets}: give steps, total or both")
-    return list(known_arms(config)) if "all" in asked else asked or list(PAPER), which
+    return asked, which
 
 
 def numbers(seeds: str) -> list[int]:
@@ -123,7 +130,7 @@ def _runs(c: Config, noisy: TeacherConfig | None, name: str) -> Iterator[Arm]:
     elif name in ("validation", "greedy"):
         yield Arm(name, BOTH, _merged(c, "linear", weights=name))
     elif name == "repeated":
-        again = teachers[0].model_copy(update={"name": f"{teachers[0].name}_again"})
+        again = teachers[0].model_copy(update={"name": _free(f"{teachers[0].name}_again", teachers)})
         yield Arm("linear+repeated", BOTH, _merged(_with(c, again), "linear"))
     elif name == "noisy" and noisy:
         all_ = _with(c, noisy)
@@ -146,13 +153,19 @@ def _alone(c: Config, name: str, teacher: TeacherConfig, k: int, total: bool = T
 
 def _merged(c: Config, method: str, **settings: Any) -> Config:
     own = c.merge.model_dump()
-    density = None if method == "linear" else own["density"] or DENSITY
+    density = None if method == "linear" else own["density"] or (DENSITY if method in MERGE_METHODS else None)
     return _varied(c, merge={**own, "method": method, "density": density, **settings})
 
 
 def _with(c: Config, teacher: TeacherConfig) -> Config:
     """With one more teacher; weights that are given do not fit any more."""
     return _varied(c, teachers=(*c.teachers, teacher), merge={**c.merge.model_dump(), "weights": "uniform"})
+
+
+def _free(name: str, teachers: Sequence[TeacherConfig]) -> str:
+    """A name that none of the teachers has."""
+    taken = {t.name.casefold() for t in teachers}
+    return _free(f"{name}_again", teachers) if name.casefold() in taken else name
 
 
 def _union(teachers: Sequence[TeacherConfig]) -> TeacherConfig:
@@ -164,8 +177,10 @@ def _varied(c: Config, **settings: Any) -> Config:
     return Config.model_validate({**dict(c), **settings})
 
 
-def _check(config: Config, name: str) -> None:
+def _check(config: Config, name: str, names: Sequence[str]) -> None:
     known = known_arms(config)
+    if name == "vote" and "std" not in names:
+        raise UserError("arm `vote` needs arm `std`, whose students vote")
     if name in known:
         return
     needs = {

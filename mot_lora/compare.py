@@ -89,8 +89,8 @@ def _check_inputs(chosen: Sequence[Arm]) -> None:
     for arm, found in inputs:
         if changed := _differ(inputs[0][1], found):
             raise UserError(
-                f"{arm.config.output}: was made with other inputs than {inputs[0][0].config.output} ({', '.join(changed)} "
-                "changed in between); compare in another folder"
+                f"{arm.config.output}: was made with other inputs than {inputs[0][0].config.output} "
+                f"({', '.join(changed)} changed in between); compare in another folder"
             )
 
 

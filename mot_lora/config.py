@@ -9,7 +9,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -187,6 +189,18 @@ def _not_negative(weight: PerModule) -> PerModule:
 Weight = Annotated[PerModule, AfterValidator(_not_negative)]
 
 
+def _name_or_numbers(weights: Any) -> str:
+    """Which of the two forms of weights is meant, so that a mistake is told of that one."""
+    return "[name]" if isinstance(weights, str) else "[numbers]"
+
+
+Weights = Annotated[
+    Annotated[Literal["uniform", "validation", "greedy"], Tag("[name]")]
+    | Annotated[tuple[Weight, ...], Tag("[numbers]")],
+    Discriminator(_name_or_numbers),
+]
+
+
 class MethodConfig(Settings):
     """How updates become one, but for their weights.
 
@@ -235,7 +249,7 @@ class RoundMergeConfig(MethodConfig):
     updates.
     """
 
-    weights: Literal["uniform", "validation", "greedy"] | tuple[Weight, ...] = "uniform"
+    weights: Weights = "uniform"
     momentum: float = Field(default=0.0, ge=0, lt=1)
 
     @field_validator("weights", mode="before")
@@ -279,6 +293,14 @@ class EvalConfig(DataConfig):
         description="a trace whose question shares so many words in a row with one of `data` is left out; 0 compares "
         "whole questions",
     )
+
+    @field_validator("traces")
+    @classmethod
+    def _names_differ(cls, traces: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
+        names = [t.name for t in traces]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"teacher listed twice: {', '.join(sorted(twice))}")
+        return traces
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "EvalConfig":
@@ -353,6 +375,9 @@ class Config(Settings):
             raise ValueError(
                 f"merge.weights `{self.merge.weights}` needs `eval.validation`: other questions than eval.data"
             )
+        noisy = self.compare.noisy
+        if noisy and noisy.name.casefold() in (t.name.casefold() for t in self.teachers):
+            raise ValueError(f"compare.noisy: `{noisy.name}` is also a teacher; give it a name of its own")
         if self.metric == "accuracy" and self.eval.data is None:
             raise ValueError("stop.metric `accuracy` needs `eval.data`")
         if self.metric == "loss" and self.eval.holdout == 0:

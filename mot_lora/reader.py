@@ -130,7 +130,7 @@ def _parse(kind: type[S], tree: Any, source: str) -> S:
         errors = e.errors(include_url=False)
         # of the branches of a union, the one that was meant
         first = next((x for x in errors if "dict[str,float]" in x["loc"][:-1]), errors[0])
-        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]", "[key]")]
+        keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]", "[key]", "[name]", "[numbers]")]
         loc = " ".join(".".join(map(str, keys)).split())  # one line, whatever the key
         if first["type"] == "extra_forbidden":
             known = _keys_beside(kind, first["loc"])
@@ -183,6 +183,8 @@ def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
         "compare": CompareConfig,
     }
     group = groups.get(str(loc[0]), kind) if len(loc) > 1 else kind
+    if {"traces", "noisy"} & set(loc[:-1]):  # teachers of another place
+        group = TeacherConfig
     return list(group.model_fields)
 
 
