@@ -3,12 +3,13 @@
 # make check  format, lint, types, floors
 # make notebooks  executes the notebooks and writes them back
 # make smollm2  a real pretrained student on word problems: hours on two cores
+# make compare  the paper's comparison on the demo, five seeds: hours on two cores
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow check notebooks smollm2 clean
+.PHONY: demo test test-slow check notebooks smollm2 compare clean
 
 demo: .venv/demo
 	$(BIN)/mot-lora run recipes/quickstart.yaml
@@ -31,6 +32,9 @@ notebooks: .venv/dev
 smollm2: .venv/recipes
 	$(BIN)/python recipes/prepare_smollm2.py
 	$(BIN)/mot-lora run recipes/smollm2_gsm.yaml
+
+compare: .venv/demo
+	$(BIN)/mot-lora compare recipes/compare_demo.yaml --arms all
 
 # Each stamp is one install; it is newer than what it was made from, so a second call installs nothing.
 .venv/demo: pyproject.toml constraints.txt

@@ -83,7 +83,7 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
     return chosen
 
 
-def chosen(config: Config, names: str = "", budgets: str = ",".join(BOTH)) -> tuple[list[str], list[Budget]]:
+def choose(config: Config, names: str = "", budgets: str = ",".join(BOTH)) -> tuple[list[str], list[Budget]]:
     """The arms and budgets that a text asks for: `std,mtd,linear`; `all`; the paper's for none.
 
     Errors: UserError for names that are not known.

@@ -16,12 +16,22 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from transformers.utils import logging as transformers_logging
 
 from mot_lora.checkpoint import Checkpoint
+from mot_lora.config import Config
 from mot_lora.errors import UserError, is_out_of_memory
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.weights import read_weight, write_weight
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast for each int8 product
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that a config asks for. Errors: UserError for a GPU where there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device `cuda` was asked for, but torch finds no CUDA GPU; use device=cpu or device=auto")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
 
 
 def load_model(

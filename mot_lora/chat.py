@@ -79,6 +79,24 @@ def segments(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Segm
     )
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Each token's own text; that of a character made of several tokens is with the last of them.
+
+    >>> pieces(tokenizer, tokenizer.encode("18 apples"))  # doctest: +SKIP
+    ['18', ' apples']
+    """
+    texts: list[str] = []
+    before = begin = 0  # a token is read with what stands before it, on which its spaces can depend
+    for end in range(1, len(ids) + 1):
+        said, whole = (cast("str", tokenizer.decode(list(ids[before:e]))) for e in (begin, end))
+        if whole.endswith("\N{REPLACEMENT CHARACTER}") and end - begin < 8 and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(whole[len(said) :])
+            before, begin = begin, end
+    return texts
+
+
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """A batch padded on the right: input_ids, attention_mask and labels, each [batch, longest] int64."""
     width = max(len(e) for e in examples)

@@ -322,12 +322,12 @@ def compare(
 
     Example: mot-lora compare my.yaml --seeds 0,1,2 --arms std,mtd,linear,ties --out runs/compared
     """
-    from mot_lora.arms import chosen, numbers
+    from mot_lora.arms import choose, numbers
     from mot_lora.reader import load_config
 
     overrides = overrides or []
     settings = load_config(config, overrides)
-    asked = numbers(seeds), *chosen(settings, names, budgets)
+    asked = numbers(seeds), *choose(settings, names, budgets)
     out = out or Path(settings.output)
     command = ["mot-lora", "compare", str(config), *overrides, "--seeds", seeds, *(["--arms", names] if names else [])]
     command += [*(["--budgets", budgets] if budgets != "steps,total" else []), "--out", str(out)]

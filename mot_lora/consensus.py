@@ -1,6 +1,5 @@
 """Consensus, looked at: a run's base, branches and students on held-out traces, token by token (arXiv 2509.08814)."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mot_lora.adapters import WEIGHTS_FILE
-from mot_lora.base import fold, load_model
+from mot_lora.base import device_of, fold, load_model
 from mot_lora.branch import ADAPTER, add_adapter
-from mot_lora.chat import collate, load_tokenizer
+from mot_lora.chat import collate, load_tokenizer, pieces
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.confidence import (
     KINDS,
@@ -24,7 +23,6 @@ from mot_lora.confidence import (
     ConsensusRound,
     ExampleRecord,
     LandscapeRecord,
-    LossLine,
     StudentConfidence,
     TokenRecord,
     classes_of,
@@ -35,21 +33,16 @@ from mot_lora.data import load_data
 from mot_lora.durable import sha256, write_record
 from mot_lora.errors import UserError, is_out_of_memory
 from mot_lora.evaluate import LOSS_CHUNK, held_out_losses
+from mot_lora.landscape import landscape, points
 from mot_lora.ledger import CONSENSUS, read_consensus, read_ledger, read_run
 from mot_lora.loss import IGNORE, token_log_probs
-from mot_lora.lowrank import Adapter, Factors, Update, inner
-from mot_lora.merge import seed_for
-from mot_lora.merged import Merged, combine
+from mot_lora.merged import Merged
 from mot_lora.progress import Progress, silent
 from mot_lora.records import EvaluationRecord
 from mot_lora.rundir import RunDir
 from mot_lora.traces import Example
 
 SHOWN = 500  # tokens of a trace that is shown
-BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
-ALONG = (0.0, 0.5, 1.0, 1.5, 2.0)  # shares of the round's update D
-AROUND = (-1.0, -0.5, 0.5, 1.0)  # steps of size |D|
-DIRECTIONS = 2
 
 LogProbs = dict[str, list[Tensor]]  # of each teacher's traces, [trained tokens] fp32
 
@@ -121,7 +114,7 @@ def _open(rundir: RunDir, config: Config, traces: int, progress: Progress) -> "L
         raise UserError(f"{rundir.path}: no traces were held out to look at consensus on; eval.holdout is too small")
     progress("load the student", 0, 1)
     model = add_adapter(
-        load_model(checkpoint, config.quantization, _device(config), config.trust_remote_code), config.lora
+        load_model(checkpoint, config.quantization, device_of(config), config.trust_remote_code), config.lora
     )
     model.eval()
     progress("load the student", 1, 1)
@@ -187,62 +180,17 @@ class Look:
 
     def landscape(self, rounds: int) -> LandscapeRecord:
         """The held-out loss around a round's students, each folded and rounded as the merged one is."""
-        device = self.model.device
-        start, end = read_ledger(self.rundir, rounds - 1, device), read_ledger(self.rundir, rounds, device)
-        branches = end[-1].adapters
-        pairs = [(a, b) for i, b in enumerate(branches) for a in branches[:i]]
-        inner_points = len(pairs) * (len(BETWEEN) - 2)
-        one_more = self.counted("landscape", len(branches) + inner_points + len(ALONG) + DIRECTIONS * len(AROUND))
+        start, end = (read_ledger(self.rundir, n, self.model.device) for n in (rounds - 1, rounds))
+        one_more = self.counted("landscape", points(len(self.branches)))
 
-        def loss(ledger: list[Merged]) -> float:
+        def loss(ledger: Sequence[Merged]) -> float:
             self.fold(ledger)
             with torch.no_grad(), self.model.disable_adapter():
                 losses = held_out_losses(self.model, self.tokenizer, self.held_out, self.config.eval)
             one_more()
             return cast("float", EvaluationRecord(losses=losses).loss)
 
-        own = {a.name: loss([*start, combine([a])]) for a in branches}
-        between = [
-            LossLine(
-                name=f"{a.name} to {b.name}",
-                at=BETWEEN,
-                losses=(
-                    own[a.name],
-                    *(loss([*start, combine([a, b], weights=(1 - x, x))]) for x in BETWEEN[1:-1]),
-                    own[b.name],
-                ),
-            )
-            for a, b in pairs
-        ]
-        # with momentum a round also changes the weights of the updates before it: D is a difference of ledgers
-        along = [loss(_toward(start, end, s)) for s in ALONG]
-        merged, middle = along[ALONG.index(1.0)], len(AROUND) // 2
-        random: list[LossLine] = []
-        directions = self.directions(start, end)
-        for k, direction in enumerate(directions, 1):
-            losses = [loss([*end, combine([direction]).scaled(x)]) for x in AROUND]
-            random.append(
-                LossLine(
-                    name=f"random {k}",
-                    at=(*AROUND[:middle], 0.0, *AROUND[middle:]),
-                    losses=(*losses[:middle], merged, *losses[middle:]),
-                )
-            )
-        update = LossLine(name="along the update", at=tuple(s - 1 for s in ALONG), losses=tuple(along))
-        return LandscapeRecord(between=tuple(between), update=update, random=tuple(random))
-
-    def directions(self, start: Sequence[Merged], end: Sequence[Merged]) -> list[Adapter]:
-        """Random low-rank updates, in each module as large as what the round changed."""
-        factors: list[dict[str, Update]] = [{} for _ in range(DIRECTIONS)]
-        for module, shape in {m: shape for merged in end for m, shape in merged.shapes.items()}.items():
-            change = torch.zeros(shape, device=self.model.device)
-            for merged in (*end, *(m.scaled(-1.0) for m in start)):
-                if module in merged.shapes:
-                    change += merged.delta(module)
-            for k, direction in enumerate(factors):
-                seed = seed_for(self.config.seed, "landscape", k, module)
-                direction[module] = _random(shape, self.config.lora.r, float(change.norm()), seed, change.device)
-        return [Adapter(f"random {k}", direction) for k, direction in enumerate(factors, 1)]
+        return landscape(start, end, loss, rank=self.config.lora.r, seed=self.config.seed, device=self.model.device)
 
     def load(self, folder: Path) -> None:
         """Make the model's one adapter that of a branch, as it was trained."""
@@ -299,24 +247,6 @@ class Look:
         return lambda: self.progress(stage, next(counts), total)
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Each token's own text; that of a character made of several tokens is with the last of them.
-
-    >>> pieces(tokenizer, tokenizer.encode("18 apples"))  # doctest: +SKIP
-    ['18', ' apples']
-    """
-    texts: list[str] = []
-    before = begin = 0  # a token is read with what stands before it, on which its spaces can depend
-    for end in range(1, len(ids) + 1):
-        said, whole = (cast("str", tokenizer.decode(list(ids[before:e]))) for e in (begin, end))
-        if whole.endswith("\N{REPLACEMENT CHARACTER}") and end - begin < 8 and end < len(ids):
-            texts.append("")
-        else:
-            texts.append(whole[len(said) :])
-            before, begin = begin, end
-    return texts
-
-
 def _confidence(number: int, branch: str | None, found: LogProbs) -> StudentConfidence:
     each = {teacher: torch.cat(traces).double() for teacher, traces in found.items()}
     return StudentConfidence(
@@ -336,25 +266,5 @@ def _flat(found: LogProbs) -> Tensor:
     return torch.cat([trace for traces in found.values() for trace in traces])
 
 
-def _toward(start: Sequence[Merged], end: Sequence[Merged], s: float) -> list[Merged]:
-    """The ledger of start + s (end - start)."""
-    return [m.scaled(share) for ledger, share in ((start, 1 - s), (end, s)) if share for m in ledger]
-
-
-def _random(shape: Sequence[int], rank: int, size: float, seed: int, device: torch.device) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = shape
-    drawn = Factors(torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator))
-    return Factors(drawn.a.to(device), drawn.b.to(device), size / math.sqrt(inner(drawn, drawn)))
-
-
 def _rounded(value: Tensor) -> float:
     return round(float(value), 3)
-
-
-def _device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("the run was done on a GPU (device `cuda`), but torch finds none to look at consensus with")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)

@@ -1,7 +1,7 @@
 """The figures of a run's consensus: confidence and agreement over its rounds, and the loss around the last one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mot_lora.charts import INK, MARKS, blank, color_of, heat, legend, short_names, styled
@@ -45,8 +45,7 @@ def confidence_by_traces(found: ConsensusRecord) -> "Figure":
     merged = [c for c in found.confidence if c.branch is None]
     names = list(merged[0].p)
     for i, (name, label) in enumerate(zip(names, short_names(names), strict=True)):
-        look: Any = {"marker": MARKS[i % len(MARKS)], "ls": DASHES[i % len(DASHES)], "color": color_of(i)}
-        axes.plot([c.round for c in merged], [c.p[name] for c in merged], label=f"traces of {label}", **look)
+        axes.plot([c.round for c in merged], [c.p[name] for c in merged], label=f"traces of {label}", **_look(i))
     _rounds(axes, merged[-1].round)
     axes.set_ylabel("mean p(token), merged")
     legend(figure)
@@ -82,13 +81,9 @@ def loss_between(landscape: LandscapeRecord) -> "Figure":
     >>> loss_between(consensus("runs/quickstart").landscape)  # doctest: +SKIP
     <Figure size 480x319 with 1 Axes>
     """
-    figure, axes = blank(2.8)
     names = short_names([line.name for line in landscape.between], 40)
-    _lines(axes, landscape.between, names)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["one", "0.25", "0.5", "0.75", "the other"])
-    axes.set_xlabel("from one branch to the other")
-    legend(figure)
-    return figure
+    ticks = {0: "one", 0.25: "0.25", 0.5: "0.5", 0.75: "0.75", 1: "the other"}
+    return _losses(landscape.between, names, ticks, "from one branch to the other")
 
 
 @styled
@@ -98,13 +93,9 @@ def loss_around(landscape: LandscapeRecord) -> "Figure":
     >>> loss_around(consensus("runs/quickstart").landscape)  # doctest: +SKIP
     <Figure size 480x319 with 1 Axes>
     """
-    figure, axes = blank(2.8)
     lines = (landscape.update, *landscape.random)
-    _lines(axes, lines, [line.name for line in lines])
-    axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["-1\nround's start", "-0.5", "0\nmerged", "0.5", "1\ntwice D"])
-    axes.set_xlabel("distance from the merged student in |D|")
-    legend(figure)
-    return figure
+    ticks = {-1: "-1\nround's start", -0.5: "-0.5", 0: "0\nmerged", 0.5: "0.5", 1: "1\ntwice D"}
+    return _losses(lines, [line.name for line in lines], ticks, "distance from the merged student in |D|")
 
 
 def layers_in_order(rounds: Sequence[RoundRecord]) -> list[str]:
@@ -123,11 +114,19 @@ def mean_agreement(fold: FoldRecord | None, what: Literal["cosine", "sign confli
     return math.fsum(pairs) / len(pairs) if pairs else None
 
 
-def _lines(axes: Any, lines: Sequence[LossLine], names: Sequence[str]) -> None:
+def _losses(lines: Sequence[LossLine], names: Sequence[str], ticks: Mapping[float, str], across: str) -> "Figure":
+    figure, axes = blank(2.8)
     for i, (line, name) in enumerate(zip(lines, names, strict=True)):
-        look: Any = {"marker": MARKS[i % len(MARKS)], "ls": DASHES[i % len(DASHES)], "color": color_of(i)}
-        axes.plot(line.at, line.losses, label=name, **look)
+        axes.plot(line.at, line.losses, label=name, **_look(i))
     axes.set_ylabel("held-out loss, nats a token")
+    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.set_xlabel(across)
+    legend(figure)
+    return figure
+
+
+def _look(i: int) -> dict[str, Any]:
+    return {"marker": MARKS[i % len(MARKS)], "ls": DASHES[i % len(DASHES)], "color": color_of(i)}
 
 
 def _rounds(axes: Any, last: int) -> None:

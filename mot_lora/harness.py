@@ -2,18 +2,14 @@
 
 import difflib
 import gc
-import io
-import logging
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import torch
@@ -22,6 +18,7 @@ from mot_lora import durable
 from mot_lora.durable import read_record, write_record
 from mot_lora.errors import UserError, is_out_of_memory, writing
 from mot_lora.export import Chosen, choose, export
+from mot_lora.hush import Watch, hushed
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Record
 
@@ -123,7 +120,7 @@ def evaluate_run(
     def measured(who: str) -> dict[str, Any]:
         loaded = _load(manager, tasks)
         with _model(chosen, who, quantized, batch_size, shown) as lm:
-            _Watch(lm, who, shown)
+            Watch(lm, who, shown)
             return _simple_evaluate(
                 lm,
                 tasks=loaded,
@@ -136,7 +133,7 @@ def evaluate_run(
                 log_samples=False,
             )
 
-    with _hushed(progress) as shown:
+    with hushed(progress) as shown:
         manager = _task_manager(tasks, include_path)
         said = measured("student")
         results = [
@@ -299,57 +296,3 @@ def _simple_evaluate(lm: Any, **settings: Any) -> dict[str, Any]:
             return cast("dict[str, Any]", evaluator.simple_evaluate(lm, **settings))
     except (AssertionError, ValueError) as e:  # what lm-eval says of settings that do not fit a task or the model
         raise UserError(f"lm-eval: {' '.join(str(e).split())[:300] or repr(e)}") from e
-
-
-# --- what is shown ---------------------------------------------------------------------------------------
-
-
-class _Watch:
-    """lm-eval tells its cache of every answer; here that is the progress."""
-
-    def __init__(self, lm: Any, who: str, progress: Progress) -> None:
-        self._who, self._progress, self._stage, self._done, self._total = who, progress, "", 0, 0
-        for method, stage in (
-            ("generate_until", "answer"),
-            ("loglikelihood", "likelihood"),
-            ("loglikelihood_rolling", "likelihood of texts"),
-        ):
-            setattr(lm, method, partial(self._begin, getattr(lm, method), stage))
-        lm.set_cache_hook(self)
-
-    def _begin(self, method: Callable[..., Any], stage: str, requests: Sequence[Any], *more: Any, **named: Any) -> Any:
-        self._stage, self._done, self._total = f"{self._who}, {stage}", 0, len(requests)
-        self._progress(self._stage, 0, self._total)
-        return method(requests, *more, **named)
-
-    def add_partial(self, *_answer: Any) -> None:
-        self._done += 1
-        self._progress(self._stage, self._done, self._total)
-
-
-class _Void(io.TextIOBase):
-    """Takes what libraries print; rich looks for `rich_proxied_file` and writes there, from its own thread too."""
-
-    def __init__(self, real: TextIO) -> None:
-        self.rich_proxied_file = getattr(real, "rich_proxied_file", real)
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-
-@contextmanager
-def _hushed(progress: Progress) -> Generator[Progress]:
-    """Nothing of the bars, logs, warnings and prints of lm-eval and the libraries it calls; the progress is shown."""
-    out, err, disabled = sys.stdout, sys.stderr, logging.root.manager.disable
-
-    def shown(*counts: Any, **numbers: Any) -> None:
-        with redirect_stdout(out), redirect_stderr(err):
-            progress(*counts, **numbers)
-
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(_Void(out)), redirect_stderr(_Void(err)):
-            warnings.simplefilter("ignore")
-            yield shown
-    finally:
-        logging.disable(disabled)

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib import resources
 from typing import Any, Literal, cast
 
 from mot_lora import charts
 from mot_lora.confidence import ConsensusRecord
 from mot_lora.consensus_section import consensus_sections
-from mot_lora.pieces import details, figure, generated, grid, note, section, standing_open, table
+from mot_lora.pieces import details, facts, figure, generated, grid, note, section, standing_open, table
+from mot_lora.pieces import page as whole_page
 from mot_lora.records import Answer, DataRecord, EvaluationRecord, RoundRecord, RunRecord, TeacherDataRecord
 
 SHOWN = 2  # answers of each kind
@@ -37,7 +37,7 @@ def report(page: Page) -> str:
     >>> "<svg" in report(Page("demo", RunRecord(before=EvaluationRecord(), metric="loss", best=0, stopped="")))
     False
     """
-    record, name = page.record, escape(page.name)
+    record = page.record
     parts = (
         _overview(page),
         section("Results", _results(record)),
@@ -50,26 +50,7 @@ def report(page: Page) -> str:
         section("Data", _data(page.data)),
         section("How it was done", _settings(page.config, page.environment)),
     )
-    css = resources.files("mot_lora").joinpath("report.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>{name}: Merge of Thought</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-<h1>{name}: Merge of Thought</h1>
-{"".join(parts)}</main>
-</body>
-</html>
-"""
+    return whole_page(f"{page.name}: Merge of Thought", "".join(parts))
 
 
 COLUMNS = ("student", "accuracy, 95 % interval", "held-out loss", "|D|/|W|", "survived", "seconds")
@@ -103,19 +84,14 @@ def _overview(page: Page) -> str:
     record = page.record
     best = next((r for r in record.rounds if r.round == record.best), None)
     none = "no round beats the student before" if record.rounds else "no round is finished"
-    facts = {
+    return facts({
         f"Best by {record.metric}": f"round {record.best}" if best else none,
         "Student before": _score(record.before, record.metric),
         "Student of the best round": _score(best.evaluation, record.metric) if best else "",
         "Questions": f"{record.before.questions:,} held out" if record.before.questions else "none asked",
         "Stopped because": record.stopped or "not stopped: rounds are left to do",
         "Device": str(page.environment.get("device", "")),
-    }
-    return (
-        "<dl>"
-        + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items() if v)
-        + "</dl>\n"
-    )
+    })  # fmt: skip
 
 
 def _score(evaluation: EvaluationRecord, metric: str) -> str:
@@ -290,9 +266,9 @@ def _sample(teacher: TeacherDataRecord) -> str:
 
 
 def _settings(config: str, environment: Mapping[str, Any]) -> str:
-    facts = [("", key, (value,)) for key, value in _flat(environment)]
+    rows = [("", key, (value,)) for key, value in _flat(environment)]
     out = details("Settings", f"<pre>{escape(config)}</pre>") if config else ""
-    out += details("Versions, device and inputs", table(("what", "value"), facts, "Versions")) if facts else ""
+    out += details("Versions, device and inputs", table(("what", "value"), rows, "Versions")) if rows else ""
     return out or note("No settings were recorded.")
 
 

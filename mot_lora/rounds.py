@@ -10,7 +10,7 @@ import torch
 
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
-from mot_lora.base import fold, load_model
+from mot_lora.base import device_of, fold, load_model
 from mot_lora.branch import add_adapter, check_targets
 from mot_lora.chat import load_tokenizer
 from mot_lora.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ def run(
     >>> run(load_config("recipes/quickstart.yaml")).best  # doctest: +SKIP
     4
     """
-    device = _device(config)
+    device = device_of(config)
     check_trackers(config.branch.report_to)
     resolve(config.merge.method)
     checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
@@ -125,11 +125,3 @@ def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> di
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "inputs": {"student": checkpoint.fingerprint(), **data.fingerprints},
     }
-
-
-def _device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device `cuda` was asked for, but torch finds no CUDA GPU; use device=cpu or device=auto")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)

@@ -18,9 +18,9 @@ from test_report import HOSTILE, Reader, a_page, a_run, fold, section
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from mot_lora import UserError, consensus_charts, run
+from mot_lora import UserError, consensus_charts, landscape, run
 from mot_lora import consensus as room
-from mot_lora.chat import load_tokenizer
+from mot_lora.chat import load_tokenizer, pieces
 from mot_lora.confidence import (
     KINDS,
     ConsensusRecord,
@@ -35,7 +35,7 @@ from mot_lora.confidence import (
     consensus_of,
 )
 from mot_lora.config import Config
-from mot_lora.consensus import consensus, pieces
+from mot_lora.consensus import consensus
 from mot_lora.consensus_section import consensus_sections, finding
 from mot_lora.data import load_data
 from mot_lora.ledger import read_consensus, read_page
@@ -222,7 +222,7 @@ def test_so_it_does_in_four_bits_with_momentum(make_config: Callable[..., Config
 
 
 def test_random_directions_are_as_large_as_they_are_said_to_be() -> None:
-    one, two = (room._random((6, 9), 2, 3.5, seed, torch.device("cpu")) for seed in (0, 1))
+    one, two = (landscape._random((6, 9), 2, 3.5, seed, torch.device("cpu")) for seed in (0, 1))
     assert one.rank == 2
     assert float(one.delta().norm()) == pytest.approx(3.5)
     assert float((one.delta() * two.delta()).sum()) < 3.5**2 / 2

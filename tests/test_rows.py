@@ -418,3 +418,38 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
 )
 def test_data_files_are_told_by_their_names(name: str, known: bool) -> None:
     assert has_known_suffix(Path(name)) is known
+
+
+# --- generated problems ----------------------------------------------------------------------------------
+
+
+def test_generated_problems_are_rows_and_always_the_same() -> None:
+    rows = read_rows("reasoning_gym:chain_sum:7")
+    assert rows == read_rows("reasoning_gym:chain_sum:7")
+    assert [where for where, _ in rows] == [f"reasoning_gym:chain_sum:7[{i}]" for i in range(7)]
+    for _, row in rows:
+        assert set(row) == {"question", "answer"}
+        sum_ = re.search(r"[\d+ -]*\d [+-] [\d+ -]*\d", row["question"])
+        assert sum_
+        assert sum(int(x) for x in re.findall(r"[+-]?\d+", sum_[0].replace(" ", ""))) == int(row["answer"])
+    hundred = values("reasoning_gym:chain_sum")
+    assert len(hundred) == 100
+    assert hundred[:7] == [row for _, row in rows]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("reasoning_gym:no_such_task", "no task of reasoning-gym"),
+        ("reasoning_gym:", "no task of reasoning-gym"),
+        ("reasoning_gym:chain_sum:many", "reasoning_gym:TASK:NUMBER"),
+        ("reasoning_gym:chain_sum:0", "reasoning_gym:TASK:NUMBER"),
+        ("reasoning_gym:chain_sum:-3", "reasoning_gym:TASK:NUMBER"),
+        ("reasoning_gym:chain_sum:7:8", "reasoning_gym:TASK:NUMBER"),
+        ("reasoning_gym:chain_sum:10000000", "reasoning_gym:TASK:NUMBER"),
+    ],
+)
+def test_a_task_that_cannot_be_generated_is_named(source: str, words: str) -> None:
+    message = message_of(source)
+    assert message.startswith(f"{source}: ")
+    assert words in message

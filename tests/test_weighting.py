@@ -180,6 +180,7 @@ class Asked:
         return run(config, train=self.train, evaluate=self.evaluate, progress=self.progress, **settings)
 
 
+CHEAP = {"gradient_accumulation": 1, "activation_checkpointing": False}
 QUESTIONS = [f"{i} + 3 = ?" for i in range(3)]
 SCRIPT = {"a": 0.5, "b": 0.25, "c": 0.75, "a+c": 0.75, "a+b+c": 0.5}
 ORDER = ["a", "b", "c", "a+c", "a+b+c"]
@@ -195,9 +196,10 @@ def three(make_config: MakeConfig, tmp_path: Path) -> Callable[..., Config]:
         (tmp_path / "v.jsonl").write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in QUESTIONS))
         return make_config(
             teachers=[*teachers, {"name": "c", "data": [t["data"] for t in teachers]}],
-            branch={**plain.branch.model_dump(exclude={"epochs"}), "gradient_accumulation": 1},
+            branch={"steps": 1, "batch_size": 1, "learning_rate": 1e-2, "max_length": 128, **CHEAP},
             merge={"weights": weights, "momentum": 0.5, "scale": 1.5},
-            eval={**plain.eval.model_dump(), "branches": False, "validation": str(tmp_path / "v.jsonl")},
+            eval={"data": plain.eval.data, "branches": False, "max_new_tokens": 1, "holdout": 0.05}
+            | {"validation": str(tmp_path / "v.jsonl")},
             output=str(tmp_path / output),
             **settings,
         )
@@ -277,11 +279,8 @@ def test_each_measure_is_kept_beside_the_round(three: Callable[..., Config], tmp
     assert all(r and r.questions == 3 and r.losses == {} for r in kept.values())
 
 
-@pytest.mark.parametrize("damaged", ["validation-0.json", "validation-0-1-2.json"])
-def test_a_damaged_measure_is_set_aside_with_what_was_built_on_it(
-    three: Callable[..., Config], tmp_path: Path, damaged: str
-) -> None:
-    config = three(rounds=2)
+def test_a_damaged_measure_is_set_aside_with_what_was_built_on_it(three: Callable[..., Config], tmp_path: Path) -> None:
+    config, damaged = three(), "validation-0.json"
     Asked(SCRIPT).run(config)
     whole, out = Path(shutil.copytree(config.output, tmp_path / "whole")), Path(config.output)
     file = out / "round-001" / damaged
@@ -292,17 +291,16 @@ def test_a_damaged_measure_is_set_aside_with_what_was_built_on_it(
     one.run(config, repair=True)
     assert one.trained == 3  # the round after
     assert one.weighed == [f"{n} {who}" for n in (1, 2) for who in ORDER]
-    assert same_run(whole, out)
     aside = sorted(str(f.relative_to(out / "damaged-001")) for f in (out / "damaged-001").rglob("*.json"))
     assert f"round-001/{damaged}" in aside
     assert "round-001/round.json" in aside
     assert "round-002/a/branch.json" in aside
     assert "round-001/a/branch.json" not in aside
+    shutil.rmtree(out / "damaged-001")
+    assert same_run(whole, out)
 
 
-def test_weights_are_not_found_on_the_questions_that_are_reported(
-    three: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_weights_are_not_found_on_the_questions_that_are_reported(three: Callable[..., Config], tmp_path: Path) -> None:
     config = three()
     with (tmp_path / "v.jsonl").open("a") as file:
         file.write('{"question": " 1  + 2 =\\n?", "answer": "3"}\n')
