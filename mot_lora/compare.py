@@ -55,13 +55,13 @@ def compare(
         for arm in chosen:
             if _is_done(arm):
                 continue
-            others = [RunDir(Path(a.config.output)) for a in chosen if a is not arm]
 
             def watch(stage: str, *counts: Any, who: str = _who(seed, arm), **numbers: Any) -> None:
                 progress(f"{who}, {stage}", *counts, **numbers)
 
-            def begun(_data: object, arm: Arm = arm, others: Sequence[RunDir] = others) -> None:
-                borrow(arm.config, others)
+            def begun(_data: object, arm: Arm = arm) -> None:
+                there = sorted(Path(arm.config.output).parent.glob("*/config.yaml"))
+                borrow(arm.config, [RunDir(f.parent) for f in there if f.parent.name != arm.folder])
 
             try:
                 run(arm.config, train=train, evaluate=evaluate, progress=watch, started=begun)
@@ -125,8 +125,6 @@ def borrow(config: Config, others: Sequence[RunDir]) -> None:
     rundir, asked = RunDir(Path(config.output)), config.model_dump(mode="json")
     inputs = rundir.environment()["inputs"]
     for other in others:
-        if not (other.path / "config.yaml").exists():
-            continue
         found = other.config().model_dump(mode="json")
         theirs = other.environment().get("inputs", {})
         longest = found["branch"]["max_length"] == asked["branch"]["max_length"]  # of the held-out traces too

@@ -99,7 +99,8 @@ class TeacherConfig(DataConfig):
     def _has_rows(self) -> "TeacherConfig":
         if bool(self.data) == bool(self.union):
             raise ValueError(f"teacher `{self.name}` needs `data`, or a `union` of teachers, and not both")
-        if self.union and (self.samples or self.verified_only or self.split or self.subset or self.columns):
+        own = (self.samples, self.seed, self.split, self.subset)
+        if self.union and (any(x is not None for x in own) or self.verified_only or self.columns):
             raise ValueError(f"teacher `{self.name}` is a union: how rows are read is set for each of its teachers")
         return self
 

@@ -43,6 +43,7 @@ def report(page: Page) -> str:
         section("Results", _results(record)),
         section("Score by round", _scores(record)),
         section("Training loss", _losses(record)),
+        section("Weights of the teachers", _weights(record)) if any(r.reasons for r in record.rounds) else "",
         section("Agreement of the teachers", _agreement(record)),
         consensus_sections(record, page.data, page.consensus),
         section("The update by layer", _layers(record)),
@@ -53,7 +54,10 @@ def report(page: Page) -> str:
     return whole_page(f"{page.name}: Merge of Thought", "".join(parts))
 
 
-COLUMNS = ("student", "accuracy, 95 % interval", "held-out loss", "|D|/|W|", "survived", "seconds")
+def columns(record: RunRecord) -> tuple[str, ...]:
+    """The columns of the run's table; those of the sets to watch are accuracy in %."""
+    watched = (f"{name}, %" for name in record.before.forgetting)
+    return ("student", "accuracy, 95 % interval", "held-out loss", *watched, "|D|/|W|", "survived", "seconds")
 
 
 def table_rows(record: RunRecord) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -65,7 +69,8 @@ def table_rows(record: RunRecord) -> list[tuple[str, str, tuple[str, ...]]]:
 
     def cells(e: EvaluationRecord | None, *rest: str) -> tuple[str, ...]:
         e = e or EvaluationRecord()
-        return (e.accuracy_text, e.loss_text, *rest)
+        watched = (f"{e.forgetting[n] * 100:.1f}" if n in e.forgetting else "" for n in record.before.forgetting)
+        return (e.accuracy_text, e.loss_text, *watched, *rest)
 
     rows = [("merged", "before", cells(record.before, "", "", f"{record.before.seconds:.0f}"))]
     for number in sorted({b.round for b in record.branches} | {r.round for r in record.rounds}):
@@ -100,9 +105,13 @@ def _score(evaluation: EvaluationRecord, metric: str) -> str:
 
 def _results(record: RunRecord) -> str:
     rows = [(kind, label.strip(), cells) for kind, label, cells in table_rows(record)]
-    shown = [i for i in range(len(COLUMNS) - 1) if any(cells[i] not in ("", "-") for _, _, cells in rows)]
-    columns = (COLUMNS[0], *(COLUMNS[i + 1] for i in shown))
-    return table(columns, [(kind, name, [cells[i] for i in shown]) for kind, name, cells in rows], "Results") + note(
+    first, *others = columns(record)
+    shown = [i for i in range(len(others)) if any(cells[i] not in ("", "-") for _, _, cells in rows)]
+    return table(
+        (first, *(others[i] for i in shown)),
+        [(kind, name, [cells[i] for i in shown]) for kind, name, cells in rows],
+        "Results",
+    ) + note(
         "Bold rows are the merged student; the others are each teacher's own branch of that round, before the merge. "
         "|D|/|W| is the size of the round's update beside the weights. Survived is the share of it that is in the "
         "weights after rounding: near 1 is good."
@@ -140,6 +149,17 @@ def _losses(record: RunRecord) -> str:
             "is good; one that jumps or climbs asks for a lower learning rate. Long curves are smoothed; the faint "
             "lines are not.",
         )
+    )
+
+
+def _weights(record: RunRecord) -> str:
+    rows = [
+        ("", f"round {r.round}", (teacher, f"{weight:.2f}" if isinstance(weight, float) else str(weight), why))
+        for r in record.rounds
+        for teacher, weight, why in zip(r.teachers, r.weights, r.reasons, strict=False)
+    ]
+    return table(("", "teacher", "weight", "why"), rows, "Weights") + note(
+        "Found by the questions of eval.validation, which are not those that are reported. Weight 0 is left out."
     )
 
 

@@ -29,6 +29,8 @@ def read_rows(source: str | Path, split: str | None = None, subset: str | None =
     >>> read_rows("owner/name", split="train[:100]")  # doctest: +SKIP
     """
     if str(source).startswith(GYM):
+        if split or subset:
+            raise UserError(f"{source}: has no `split` or `subset`; leave them out")
         return _read_gym(str(source))
     path = Path(source)
     try:

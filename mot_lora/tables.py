@@ -14,7 +14,7 @@ from rich.text import Text
 from mot_lora.comparison import Comparison
 from mot_lora.comparison_rows import grids
 from mot_lora.records import DataRecord, InspectRecord, RunRecord, SaveRecord, Segment, VerifyRecord
-from mot_lora.report import COLUMNS, table_rows
+from mot_lora.report import columns, table_rows
 
 if TYPE_CHECKING:
     from mot_lora.harness import HarnessRecord
@@ -76,7 +76,7 @@ def table(record: RunRecord) -> Table:
     out = Table(
         title=f"Merge of Thought, {record.before.questions} held-out questions", box=SIMPLE_HEAD, padding=(0, 1)
     )
-    for i, name in enumerate(COLUMNS):
+    for i, name in enumerate(columns(record)):
         out.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
     for kind, name, cells in table_rows(record):
         out.add_row(Text(name), *cells, style="bold" if kind == "merged" else "dim", end_section=kind == "merged")

@@ -392,6 +392,39 @@ def test_traces_on_questions_of_the_evaluation_are_left_out(
     assert load_data(config, tokenizer).record.teachers[0].left_out == {}
 
 
+def test_traces_on_questions_for_finding_weights_are_left_out_too(
+    tokenizer: PreTrainedTokenizerBase, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    teachers = [{"name": "a", "data": write(tmp_path / "mine.jsonl", GOOD)}]
+    asked = [
+        write(tmp_path / f"{n}.jsonl", [{"question": f"{n} + 1 = ?", "answer": "0"}, {"question": "x", "answer": "0"}])
+        for n in (3, 4, 5)
+    ]
+    write(tmp_path / "4.jsonl", [{"question": "4 + 1 = ?", "answer": "0"}])
+    evaluation = {"data": asked[0], "validation": asked[1], "forgetting": {"old": asked[2]}, "limit": 1}
+    data = load_data(make_config(teachers=teachers, eval=evaluation), tokenizer)
+    assert data.record.teachers[0].left_out == {SEEN: 2}  # what is only watched may be trained on
+    assert [q.question for q in data.validation] == ["4 + 1 = ?"]
+    assert [q.question for q in data.forgetting["old"]] == ["5 + 1 = ?"]
+    assert set(asked) < set(data.fingerprints)
+
+
+def test_held_out_traces_of_teachers_that_are_not_trained_are_measured(
+    tokenizer: PreTrainedTokenizerBase, make_config: Callable[..., Config]
+) -> None:
+    plain = make_config()
+    both = load_data(plain, tokenizer)
+    traces = [t.model_dump(exclude_unset=True) for t in plain.teachers]
+    own = {**plain.eval.model_dump(), "traces": traces}
+    for trained in ([traces[0]], [{"name": "all", "union": traces}]):
+        data = load_data(make_config(teachers=trained, eval=own), tokenizer)
+        assert data.held_out == both.held_out
+        assert data.train.keys() == {t["name"] for t in trained}
+        held = {e.input_ids for examples in data.held_out.values() for e in examples}
+        assert held
+        assert not held & {e.input_ids for examples in data.train.values() for e in examples}
+
+
 def test_a_teacher_of_whom_nothing_is_left_is_named_with_the_reasons(
     tokenizer: PreTrainedTokenizerBase, make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
