@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -76,13 +77,13 @@ def _directions(
     """Random low-rank updates, in each module as large as what the round changed."""
     factors: list[dict[str, Update]] = [{} for _ in range(DIRECTIONS)]
     for module, shape in {m: shape for merged in end for m, shape in merged.shapes.items()}.items():
-        change = torch.zeros(shape, device=device)
+        change: Any = torch.zeros(shape, device=device)  # whose norm has no type
         for merged in (*end, *(m.scaled(-1.0) for m in start)):
             if module in merged.shapes:
                 change += merged.delta(module)
         for k, direction in enumerate(factors):
             drawn = seed_for(seed, "landscape", k, module)
-            direction[module] = _random(shape, rank, float(torch.linalg.vector_norm(change)), drawn, device)
+            direction[module] = _random(shape, rank, float(change.norm()), drawn, device)
     return [Adapter(f"random {k}", direction) for k, direction in enumerate(factors, 1)]
 
 

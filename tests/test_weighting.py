@@ -196,7 +196,7 @@ def three(make_config: MakeConfig, tmp_path: Path) -> Callable[..., Config]:
         (tmp_path / "v.jsonl").write_text("".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in QUESTIONS))
         return make_config(
             teachers=[*teachers, {"name": "c", "data": [t["data"] for t in teachers]}],
-            branch={"steps": 1, "batch_size": 1, "learning_rate": 1e-2, "max_length": 128, **CHEAP},
+            branch={"steps": 2, "warmup": 0.0, "batch_size": 1, "learning_rate": 1e-2, "max_length": 128, **CHEAP},
             merge={"weights": weights, "momentum": 0.5, "scale": 1.5},
             eval={"data": plain.eval.data, "branches": False, "max_new_tokens": 1, "holdout": 0.05}
             | {"validation": str(tmp_path / "v.jsonl")},
@@ -227,7 +227,7 @@ def test_a_greedy_run_is_one_with_these_weights_given(three: Callable[..., Confi
     assert one.keys() == other.keys()
     for name in one:
         assert {**one[name], "reasons": []} == {**other[name], "reasons": []} if "round.json" in name else True
-    assert 0.5 < record.rounds[1].fold.survived < 1.5
+    assert all(0.5 < r.fold.survived < 1.5 for r in record.rounds)
 
 
 def test_the_ledger_is_of_the_weights_that_were_found(three: Callable[..., Config], tmp_path: Path) -> None:
