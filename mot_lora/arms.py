@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from mot_lora.comparison import Budget
 from mot_lora.config import MERGE_METHODS, Config, TeacherConfig
 from mot_lora.errors import UserError
 
-Budget = Literal["steps", "total"]
 PAPER = ("base", "std", "mtd", "one_shot", "linear", "ties", "dare_linear", "dare_ties", "vote")
 DENSITY = 0.5  # of methods that need one, where the config gives none
 BOTH: tuple[Budget, ...] = ("steps", "total")
@@ -31,7 +31,8 @@ class Arm:
     def folder(self) -> str:
         """The name of its folder.
 
-        >>> from mot_lora.config import Config
+        >>> from mot_lora.comparison import Budget
+        from mot_lora.config import Config
         >>> config = Config(student="s", teachers=({"name": "a", "data": "a.jsonl"},))
         >>> Arm("std:a", ("total",), config).folder
         'std-a-total'

@@ -8,9 +8,9 @@ from typing import Any
 
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
-from mot_lora.arms import BOTH, PAPER, Arm, Budget, arms
+from mot_lora.arms import BOTH, PAPER, Arm, arms
 from mot_lora.compare_page import compare_page
-from mot_lora.comparison import ArmRun, Comparison, comparison_csv, summarize
+from mot_lora.comparison import ArmRun, Budget, Comparison, comparison_csv, summarize
 from mot_lora.config import Config
 from mot_lora.durable import check_files, read_lines, read_record, staged, write_record, write_text
 from mot_lora.errors import UserError
