@@ -84,6 +84,14 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
     return chosen
 
 
+def placed(
+    config: Config, seed: int, out: str | Path, names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH
+) -> list[Arm]:
+    """The runs of a seed, each with its folder as output."""
+    found = arms(config.model_copy(update={"seed": seed}), names, budgets)
+    return [a.at(Path(out) / f"seed-{seed}" / a.folder) for a in found]
+
+
 def choose(config: Config, names: str = "", budgets: str = ",".join(BOTH)) -> tuple[list[str], list[Budget]]:
     """The arms and budgets that a text asks for: `std,mtd,linear`; `all`; the paper's for none.
 

@@ -333,8 +333,9 @@ def compare(
     command += [*(["--budgets", budgets] if budgets != "steps,total" else []), "--out", str(out)]
     try:
         from mot_lora.compare import compare as compare_arms
-        from mot_lora.compare import comparison_stages, publish
+        from mot_lora.compare import comparison_stages
         from mot_lora.display import live, screen
+        from mot_lora.outcomes import publish
         from mot_lora.tables import comparison_tables
 
         said = {"Command": shlex.join(command), "Config": config.read_text(encoding="utf-8")}

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from test_rounds import MakeConfig, files, same_run
 
 from mot_lora import branch, run
-from mot_lora.arms import Arm
-from mot_lora.compare import borrow, compare, placed, read_arms
+from mot_lora.arms import Arm, placed
+from mot_lora.compare import borrow, compare
 from mot_lora.comparison import ArmRun
 from mot_lora.config import Config
 from mot_lora.durable import write_lines, write_record
+from mot_lora.outcomes import read_arms
 from mot_lora.reader import demo_path, parse_config
 from mot_lora.records import Answer, BranchRecord, EvaluationRecord, FoldRecord, RoundRecord, TrainRecord
 from mot_lora.rundir import RunDir
