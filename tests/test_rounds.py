@@ -16,7 +16,7 @@ from mot_lora import UserError, branch, run
 from mot_lora import evaluate as evaluation
 from mot_lora.base import read_weight
 from mot_lora.chat import collate
-from mot_lora.config import Config, MergeConfig
+from mot_lora.config import Config, RoundMergeConfig
 from mot_lora.records import Answer, EvaluationRecord, RunRecord, TrainRecord
 from mot_lora.rounds import Evaluate
 from mot_lora.rundir import Job, RunDir
@@ -174,7 +174,7 @@ def largest(deltas: torch.Tensor, _weights: Sequence[float]) -> torch.Tensor:
 
 def test_a_function_of_ones_own_merges_a_run_and_its_export(make_config: MakeConfig, qwen3: Path) -> None:
     config = make_config(rounds=1, quantization="none")
-    config = config.model_copy(update={"merge": MergeConfig(method=cast("Any", largest))})
+    config = config.model_copy(update={"merge": RoundMergeConfig(method=cast("Any", largest))})
     spied = Spied()
     record = run(config, evaluate=spied.evaluate)
     assert record.rounds[0].method == f"{__name__}:largest"
