@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mot_lora.adapters import load_adapter
+    from mot_lora.compare import compare
+    from mot_lora.comparison import ArmRun, Comparison, summarize
     from mot_lora.config import Config
+    from mot_lora.consensus import consensus
     from mot_lora.display import live
     from mot_lora.errors import UserError
     from mot_lora.export import export
@@ -32,7 +35,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 _ROOMS = {
     "adapters": ("load_adapter",),
+    "compare": ("compare",),
+    "comparison": ("ArmRun", "Comparison", "summarize"),
     "config": ("Config",),
+    "consensus": ("consensus",),
     "display": ("live",),
     "reader": ("load_config",),
     "errors": ("UserError",),
@@ -56,6 +62,8 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "METHODS",
     "Adapter",
+    "ArmRun",
+    "Comparison",
     "Config",
     "Dense",
     "EvaluationRecord",
@@ -70,6 +78,8 @@ __all__ = [
     "VerifyRecord",
     "adapter_from_peft",
     "add_merged_adapter",
+    "compare",
+    "consensus",
     "dare_linear",
     "dare_ties",
     "della",
@@ -86,6 +96,7 @@ __all__ = [
     "save_adapter",
     "sce",
     "stages",
+    "summarize",
     "table",
     "ties",
     "verify_checkpoint",
