@@ -176,7 +176,7 @@ def _forgetting(comparison: Comparison, budget: BudgetSummary) -> Part:
             f"With {BUDGETS[budget.budget]}: change on {name} against the gain, each last minus before, with 95 % "
             f"intervals over seeds. Further {gain} is learnt more, further down is forgotten more.",
         )
-    return Part(pictures, forgetting(budget))
+    return Part(pictures, forgetting(budget, comparison.metric))
 
 
 def _spoken(found: Estimate, comparison: Comparison, signs: bool = False) -> str:

@@ -34,7 +34,7 @@ def grids(comparison: Comparison) -> list[Grid]:
         out.append(results(budget, comparison.metric))
         out += [g for to in get_args(Reference) if (g := differences(budget, to, comparison.metric))]
         by_round = rounds(budget, comparison.metric)
-        out += [*([by_round] if by_round else []), *forgetting(budget), costs(budget)]
+        out += [*([by_round] if by_round else []), *forgetting(budget, comparison.metric), costs(budget)]
     return out
 
 
@@ -111,15 +111,18 @@ def rounds(budget: BudgetSummary, metric: Metric) -> Grid | None:
     return Grid(f"{_what(metric)} by round, {BUDGETS[budget.budget]}", columns, tuple(rows))
 
 
-def forgetting(budget: BudgetSummary) -> list[Grid]:
-    """The change of accuracy on other sets of tasks, last minus before, in points; three sets a table."""
+def forgetting(budget: BudgetSummary, metric: Metric) -> list[Grid]:
+    """The gain, and beside it the change of accuracy on other sets of tasks, last minus before; three sets a table."""
     sets = forgetting_sets(budget.arms)
     measured = [a for a in budget.arms if a.forgetting]
-    title = f"change on other tasks: points of accuracy, 95 % interval over seeds, {BUDGETS[budget.budget]}"
+    title = f"gain, and change on other tasks in points, 95 % interval over seeds, {BUDGETS[budget.budget]}"
     out: list[Grid] = []
     for shown in (sets[i : i + SETS] for i in range(0, len(sets), SETS)):
-        rows = [(label(a.arm), tuple(_change(a.forgetting.get(s)) for s in shown)) for a in measured]
-        out.append(Grid(title, ("arm", *shown), tuple(rows)))
+        rows = [
+            (label(a.arm), (_change(a.gain, metric), *(_change(a.forgetting.get(s), "accuracy") for s in shown)))
+            for a in measured
+        ]
+        out.append(Grid(title, ("arm", "gain" if metric == "accuracy" else "gain in loss", *shown), tuple(rows)))
     return out
 
 
@@ -150,8 +153,8 @@ def _interval(found: Estimate | None, metric: Metric, signs: bool = False) -> st
     return f"{low} to {high}"
 
 
-def _change(found: Estimate | None) -> str:
+def _change(found: Estimate | None, metric: Metric) -> str:
     if found is None:
         return "-"
-    interval = _interval(found, "accuracy", signs=True)
-    return signed(found.mean, "accuracy") + ("" if interval == "-" else f" ({interval})")
+    interval = _interval(found, metric, signs=True)
+    return signed(found.mean, metric) + ("" if interval == "-" else f" ({interval})")
