@@ -341,7 +341,7 @@ def test_results_are_in_their_columns() -> None:
         "STD a (best STD)": ("3", "30.0", "5.0", "17.6 to 42.4", "10.0", "1.800"),
     }
     assert cells(summarize(runs), "cost")["STD a"] == ("120", "4,000", "9")
-    assert cells(summarize(runs), "gain, and change on other tasks")["STD a"] == ("+10.0 (-2.4 to +22.4)", "-10.0")
+    assert cells(summarize(runs), "gain, and change on other tasks")["STD a"] == ("+5.0 (-7.4 to +17.4)", "-10.0")
 
 
 def test_of_many_rounds_some_are_shown_and_the_last_always() -> None:
