@@ -36,7 +36,8 @@ def read_arms(
         found += [_arm_run(arm, record) for arm, record in done]
         if "vote" in names:
             found += _votes(done, [f"std:{t.name}" for t in config.teachers])
-    return found
+    wanted = [(r, tuple(b for b in r.budgets if b in budgets)) for r in found]
+    return [r.model_copy(update={"budgets": which}) for r, which in wanted if which]
 
 
 def _before(arm: Arm, record: RunRecord) -> ArmRun:
