@@ -31,8 +31,7 @@ class Arm:
     def folder(self) -> str:
         """The name of its folder.
 
-        >>> from mot_lora.comparison import Budget
-        from mot_lora.config import Config
+        >>> from mot_lora.config import Config
         >>> config = Config(student="s", teachers=({"name": "a", "data": "a.jsonl"},))
         >>> Arm("std:a", ("total",), config).folder
         'std-a-total'

@@ -227,6 +227,7 @@ def tiny(make_config: MakeConfig) -> Callable[..., Config]:
     return make
 
 
+@pytest.mark.slow
 def test_another_seed_borrows_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
     train = Trained()
     runs = compare(tiny(), [3, 4], tmp_path / "out", ["std", "linear"], ["steps"], train=train)
@@ -237,6 +238,7 @@ def test_another_seed_borrows_nothing(tiny: Callable[..., Config], tmp_path: Pat
     assert not any(three[name] == four[name] for name in three)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "measured", "trained"),
     [

@@ -245,6 +245,7 @@ def test_the_ledger_is_of_the_weights_that_were_found(three: Callable[..., Confi
         torch.testing.assert_close(delta.double(), step, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interruption_while_weighing_asks_nothing_twice(three: Callable[..., Config], tmp_path: Path) -> None:
     Asked(SCRIPT).run(three("whole"))
     config, asked, trained = three("stopped"), [], 0
@@ -279,6 +280,7 @@ def test_each_measure_is_kept_beside_the_round(three: Callable[..., Config], tmp
     assert all(r and r.questions == 3 and r.losses == {} for r in kept.values())
 
 
+@pytest.mark.slow
 def test_a_damaged_measure_is_set_aside_with_what_was_built_on_it(three: Callable[..., Config], tmp_path: Path) -> None:
     config, damaged = three(), "validation-0.json"
     Asked(SCRIPT).run(config)
