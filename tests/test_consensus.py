@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from mot_lora import UserError, consensus_charts, landscape, run
-from mot_lora import consensus as room
 from mot_lora.chat import load_tokenizer, pieces
 from mot_lora.confidence import (
     KINDS,
@@ -252,7 +252,7 @@ def test_at_most_so_many_traces_are_looked_at_and_only_once(
     def opened(*_: Any) -> None:
         raise UserError("opened")
 
-    monkeypatch.setattr(room, "_open", opened)
+    monkeypatch.setattr(sys.modules["mot_lora.consensus"], "_open", opened)
     assert consensus(output, traces=1) == small
     file = output / "round-002" / "round.json"
     file.write_text(file.read_text() + "\n")
