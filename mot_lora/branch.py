@@ -23,12 +23,14 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from mot_lora.chat import collate
 from mot_lora.config import BranchConfig, LoraConfig
 from mot_lora.errors import DivergedError, UserError, is_out_of_memory
 from mot_lora.interruption import INTERRUPTS, Shield
 from mot_lora.merge import seed_for
+from mot_lora.offload import Offload, capacity, kept_bytes, offloads
 from mot_lora.progress import Progress, silent
 from mot_lora.records import TrainRecord
 from mot_lora.rundir import Job
@@ -37,6 +39,8 @@ from mot_lora.traces import Example
 from mot_lora.trainer import BranchTrainer, Track, Watch
 
 ADAPTER = "default"
+# the loss has its own chunks, and never calls the model's forward, in which Liger's would be
+LIGER = {"rope": True, "swiglu": True, "rms_norm": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
@@ -124,16 +128,18 @@ def train(
 ) -> TrainRecord:
     """Train the model's adapter on the examples, in place, with a fresh optimizer and schedule.
 
-    The loss of a step is the mean over all its trained tokens, - 1/n sum log p(token), in fp32 from chunked logits.
-    AdamW; `settings` has the rest. With a `job`, its state is kept there every `save_steps`, at the end and when a
-    signal comes, and training goes on from it: to the same adapter, byte for byte, as without a stop. This is the seam
-    `train=` of `run`: any function with these arguments can take its place.
+    The loss of a step is the mean over all its trained tokens, - 1/n sum log p(token), in fp32 from chunked logits; its
+    traces stand by length. AdamW; `settings` has the rest. With a `job`, its state is kept there every `save_steps`, at
+    the end and when a signal comes, and training goes on from it: to the same adapter, byte for byte, as without a
+    stop. This is the seam `train=` of `run`: any function with these arguments can take its place.
 
-    Errors: DivergedError for a loss that is not finite or worse than guessing; UserError when memory runs out.
+    Errors: DivergedError for a loss that is not finite or worse than guessing; UserError when memory runs out, and for
+    what `check_liger` finds.
 
     >>> run(config, train=my_train)  # doctest: +SKIP
     """
     start = time.monotonic()
+    check_liger(settings, model.device)
     with ExitStack() as stack:
         folder = job.state if job else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(warnings.catch_warnings())
@@ -146,9 +152,13 @@ def train(
             base: Any = model.get_base_model()
             # transformers 5.17 has only the older name
             getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+            base.disable_input_require_grads()  # for reentrant checkpoints alone; it would hold on to the first input
         shield = stack.enter_context(Shield())
+        offload = _offload(model, settings, examples)
+        stays = model.device.type == "cuda" and offload is None  # what host memory could take
         trainer = BranchTrainer(
             chunk=settings.loss_chunk,
+            offload=offload,
             model=model,
             args=_arguments(settings, folder, seed, model.device),
             train_dataset=cast("Any", list(examples)),
@@ -175,7 +185,7 @@ def train(
             raise
         except RuntimeError as e:
             if is_out_of_memory(e):
-                raise UserError(_out_of_memory(e, settings, examples)) from e
+                raise UserError(_out_of_memory(e, settings, examples, stays)) from e
             raise
     model.eval()
     losses = trainer.losses
@@ -186,6 +196,22 @@ def train(
         seconds=watch.spent,
         losses=tuple(losses),
     )
+
+
+def check_liger(settings: BranchConfig, device: torch.device) -> None:
+    """Errors: UserError when branch.liger is on, and liger_kernel is not installed or the device is no CUDA GPU."""
+    if settings.liger and device.type != "cuda":
+        raise UserError(f"branch.liger: its kernels need a CUDA GPU, not `{device.type}`; set it to false")
+    if settings.liger and not is_liger_kernel_available():
+        raise UserError("branch.liger needs the package liger_kernel: pip install liger-kernel, or set it to false")
+
+
+def _offload(model: PeftModel, settings: BranchConfig, examples: Sequence[Example]) -> Offload | None:
+    """What keeps layers' inputs in host memory, where the longest batch calls for it."""
+    shape = model.config.get_text_config()
+    tokens = min(settings.batch_size, len(examples)) * max(map(len, examples))
+    kept = kept_bytes(shape.num_hidden_layers, tokens, shape.hidden_size, model.dtype.itemsize)
+    return Offload(model.device, model.dtype, kept) if offloads(settings, kept, capacity(model.device)) else None
 
 
 def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
@@ -210,6 +236,8 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        use_liger_kernel=settings.liger,
+        liger_kernel_config=LIGER,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # where there are more, the Trainer would spread each batch over them
     return arguments
@@ -221,12 +249,15 @@ def _check_finite(model: PeftModel) -> None:
             raise DivergedError(f"{name} is not finite after the last step: lower its learning_rate")
 
 
-def _out_of_memory(error: Exception, settings: BranchConfig, examples: Sequence[Example]) -> str:
+def _out_of_memory(error: Exception, settings: BranchConfig, examples: Sequence[Example], stays: bool) -> str:
     """What to lower, with the numbers that count."""
     s = settings
     longest = max(map(len, examples))
     lower = [f"branch.batch_size {s.batch_size} (raise gradient_accumulation instead)"] if s.batch_size > 1 else []
-    lower += [] if s.activation_checkpointing else ["activation_checkpointing false (turn it on)"]
+    if not s.activation_checkpointing:
+        lower += ["branch.activation_checkpointing false (turn it on)"]
+    elif stays:
+        lower += [f"branch.offload {s.offload} (turn it on)"]
     lower += [f"branch.max_length {s.max_length} (the longest trace has {longest} tokens)"]
     lower += [f"branch.loss_chunk {s.loss_chunk}"] if s.loss_chunk > 256 else []
     return f"out of memory ({' '.join(str(error).split())[:160]}); lower {', '.join(lower)}"

@@ -98,7 +98,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """A batch padded on the right: input_ids, attention_mask and labels, each [batch, longest] int64."""
+    """A batch padded on the right: input_ids and labels, each [batch, longest] int64.
+
+    There is no attention_mask: attention is causal, so no token sees what is on its right.
+    """
     width = max(len(e) for e in examples)
 
     def padded(rows: Iterable[Sequence[int]], fill: int) -> Tensor:
@@ -106,6 +109,5 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 
     return {
         "input_ids": padded((e.input_ids for e in examples), pad_id),
-        "attention_mask": padded(([1] * len(e) for e in examples), 0),
         "labels": padded((e.labels for e in examples), IGNORE),
     }

@@ -117,7 +117,11 @@ class TeacherConfig(DataConfig):
 
 
 class BranchConfig(Settings):
-    """How one teacher's adapter is trained in one round. A batch is batch_size * gradient_accumulation traces."""
+    """How one teacher's adapter is trained in one round. A step sees batch_size * gradient_accumulation traces.
+
+    `offload` keeps the inputs of checkpointed layers in host memory; `auto` does it on a GPU where they would take more
+    than a tenth of its memory.
+    """
 
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
@@ -131,6 +135,8 @@ class BranchConfig(Settings):
     max_length: int = Field(default=4096, ge=2, description="tokens; a longer trace is left out, never cut")
     loss_chunk: int = Field(default=1024, ge=1, description="tokens whose logits are held at once")
     activation_checkpointing: bool = True
+    offload: Literal["auto", "on", "off"] = "auto"
+    liger: bool = Field(default=False, description="Liger's fused kernels, on a GPU")
     save_steps: int | None = Field(default=None, ge=1, description="steps between two states to go on from")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
@@ -138,6 +144,11 @@ class BranchConfig(Settings):
     @classmethod
     def _one_or_more(cls, value: Any) -> object:
         return (value,) if isinstance(value, str) else cast("object", value)
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else cast("object", value)  # as YAML has it
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +161,12 @@ class BranchConfig(Settings):
     def _one_length(self) -> "BranchConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_to_offload(self) -> "BranchConfig":
+        if self.offload == "on" and not self.activation_checkpointing:
+            raise ValueError("`offload: on` moves what checkpointed layers keep: set `activation_checkpointing: true`")
         return self
 
 

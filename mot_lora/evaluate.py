@@ -1,7 +1,7 @@
 """How good the student is: answers to questions, and the loss on held-out traces."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,8 @@ from mot_lora.thought import opens_chain
 from mot_lora.traces import Example, Question
 
 LOSS_CHUNK = 1024
+# tokens in a batch of several traces: a layer of an 8B student takes some 2 GiB for them, and a GPU is busy with fewer
+LOSS_TOKENS = 16_384
 
 
 def evaluate(
@@ -76,14 +78,15 @@ def held_out_losses(
     settings: EvalConfig,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """The mean loss over the trained tokens of each teacher's examples, in nats."""
+    """The mean loss over the trained tokens of each teacher's examples, in nats.
+
+    A batch holds `settings.batch_size` traces, and fewer where they have more than 16,384 tokens, with padding.
+    """
     losses: dict[str, float] = {}
     done, total = 0, sum(map(len, held_out.values()))
     for name, examples in held_out.items():
         summed, count = 0.0, 0
-        rows = sorted(examples, key=len)
-        for i in range(0, len(rows), settings.batch_size):
-            chosen = rows[i : i + settings.batch_size]
+        for chosen in _batches(examples, settings.batch_size):
             batch = collate(chosen, cast("int", tokenizer.pad_token_id))
             batch = {key: value.to(model.device) for key, value in batch.items()}
             loss, n = batch_loss(model.get_base_model(), batch, LOSS_CHUNK)
@@ -92,6 +95,18 @@ def held_out_losses(
         if count:
             losses[name] = summed / count
     return losses
+
+
+def _batches(examples: Sequence[Example], most: int) -> Iterator[list[Example]]:
+    """The examples by length, in batches of at most so many; long ones by themselves."""
+    batch: list[Example] = []
+    for example in sorted(examples, key=len):
+        if batch and (len(batch) == most or (len(batch) + 1) * len(example) > LOSS_TOKENS):
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
 
 
 def generate(

@@ -1,6 +1,7 @@
 """Cross entropy over the trained tokens only, a chunk of logits at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -48,9 +49,9 @@ def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targ
 def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Tensor, int]:
     """The summed loss of a batch over its trained tokens, fp32, and how many they are.
 
-    model: a causal language model of transformers, with or without adapters inside; batch: input_ids, attention_mask
-    and labels, each [batch, length]. The head is applied to the trained positions alone. Where the base is in bf16, so
-    is the forward.
+    model: a causal language model of transformers, with or without adapters inside; batch: input_ids and labels, each
+    [batch, length], padded on the right. The head is applied to the trained positions alone. Where the base is in bf16,
+    so is the forward.
 
     >>> loss, n = batch_loss(model, collate(examples, pad_id), chunk=1024)  # doctest: +SKIP
     """
@@ -73,11 +74,25 @@ def token_log_probs(model: Any, batch: Mapping[str, Tensor], chunk: int) -> Tens
         return torch.cat([-F.cross_entropy(head(hidden[p]).float(), targets[p], reduction="none") for p in parts])
 
 
-def _computing(model: Any) -> torch.autocast:
+def inputs_as_they_are(model: Any) -> AbstractContextManager[None]:
+    """Where the base is in bf16, keep PEFT from making an fp32 copy of what each adapted layer is given.
+
+    The adapter is in fp32, but autocast computes it in bf16 anyway. Needed around what computes layers again, too.
+    """
+    from peft.helpers import disable_input_dtype_casting  # here: who only wants IGNORE should not wait for PEFT
+
+    return disable_input_dtype_casting(model, model.dtype == torch.bfloat16)
+
+
+@contextmanager
+def _computing(model: Any) -> Generator[None]:
     device = cast("torch.device", model.device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+    in_bf16 = model.dtype == torch.bfloat16
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), inputs_as_they_are(model):
+        yield
 
 
 def _states(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    output = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    # no mask: it would keep attention from its fast kernels, and what is on the right is not seen anyway
+    output = model.base_model(input_ids=batch["input_ids"], use_cache=False)
     return trained_tokens(output.last_hidden_state, batch["labels"])

@@ -27,7 +27,7 @@ SEAL = "sealed.json"  # what makes a checkpoint within a branch whole
 BEGUN = {"run.lock", "environment.json", "data.json"}
 # Settings that leave finished branches and rounds as they are, so that a run may go on with others.
 MAY_CHANGE = re.compile(
-    r"output|rounds|stop\b.*|branch\.(save_steps|report_to(\.\d+)?)|teachers\.\d+\.learning_rate|compare\b.*"
+    r"output|rounds|stop\b.*|branch\.(save_steps|offload|report_to(\.\d+)?)|teachers\.\d+\.learning_rate|compare\b.*"
 )
 
 

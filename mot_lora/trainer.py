@@ -2,31 +2,67 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate.data_loader import SeedableRandomSampler
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from mot_lora.errors import DivergedError, writing
 from mot_lora.interruption import Shield
-from mot_lora.loss import batch_loss
+from mot_lora.loss import batch_loss, inputs_as_they_are
+from mot_lora.offload import Offload
 from mot_lora.progress import Progress
 from mot_lora.rundir import Job
 from mot_lora.savepoint import discard, is_sealed, remember_randomness, seal
 from mot_lora.tracking import open_tracker
 
 
-class BranchTrainer(Trainer):
-    """transformers' Trainer with the chunked loss; it counts the tokens that it trained on."""
+class ByLength(Sampler[int]):
+    """The Trainer's random order, in which the traces of one step stand by length, longest first.
 
-    def __init__(self, *, chunk: int, **kwargs: Any) -> None:
+    So that the batches that a step is cut into hold less padding: the step is the same.
+
+    lengths: [n], in tokens; step: traces in a step.
+
+    >>> sorted(ByLength([5, 9, 7], step=2))
+    [0, 1, 2]
+    """
+
+    def __init__(self, lengths: Sequence[int], step: int) -> None:
+        self.lengths = lengths
+        self.step = step
+        self.order = SeedableRandomSampler(lengths)  # as accelerate makes it where it finds a RandomSampler
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(self.order)
+        for i in range(0, len(order), self.step):
+            yield from sorted(order[i : i + self.step], key=lambda k: self.lengths[k], reverse=True)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order to come, as the Trainer calls for it."""
+        self.order.set_epoch(epoch)
+
+
+class BranchTrainer(Trainer):
+    """transformers' Trainer with the chunked loss, offloading, and a step's traces by length; it counts the tokens
+    that it trained on.
+    """
+
+    def __init__(self, *, chunk: int, offload: Offload | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.chunk = chunk
+        self.offload = offload
         self.trained_tokens = 0
         # the Trainer then hands over the tokens of the whole step and leaves dividing by them to the loss
         self.model_accepts_loss_kwargs = True
@@ -67,6 +103,17 @@ class BranchTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # embeddings are never trained, and looking for them would ask the Hub
         cast("PeftModel", self.model).save_pretrained(str(output_dir), save_embedding_layers=False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        step = self.args.gradient_accumulation_steps
+        if step == 1:
+            return super()._get_train_sampler(train_dataset)
+        traces = cast("Sequence[Any]", self.train_dataset if train_dataset is None else train_dataset)
+        return ByLength([len(t) for t in traces], step * self.args.per_device_train_batch_size)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        with inputs_as_they_are(self.model), self.offload.step() if self.offload else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,

@@ -1,14 +1,18 @@
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from bitsandbytes.nn.modules import Linear4bit
 from conftest import MakeAdapter
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from mot_lora import UserError, branch
 from mot_lora.base import load_model, read_weight
@@ -75,7 +79,8 @@ def plain_loss(model: PeftModel, rows: Sequence[Example], pad: int) -> float:
     """The mean loss over all trained tokens, from whole logits."""
     batch = collate(rows, pad)
     with torch.no_grad():
-        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        mask = torch.tensor([[i < len(e) for i in range(batch["input_ids"].shape[1])] for e in rows])
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=mask.long()).logits
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).double(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE
     )
@@ -211,6 +216,127 @@ def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens(
         chosen = settings(steps=1, batch_size=batch_size, gradient_accumulation=accumulation)
         record = train(model, tokenizer, examples[:4], chosen, seed=0)
         assert record.loss == pytest.approx(want, rel=1e-5)
+
+
+def test_the_gradient_of_a_step_is_that_of_a_masked_forward_of_its_traces(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    rows = examples[:5]  # in batches of two, the last of one
+    batch = collate(rows, tokenizer.pad_token_id)
+    mask = torch.tensor([[i < len(e) for i in range(batch["input_ids"].shape[1])] for e in rows]).long()
+    assert not mask.all()
+    model = new_model(qwen3, "none")
+    model(**batch, attention_mask=mask).loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    got: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        got.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    hook = register_optimizer_step_pre_hook(keep)
+    try:
+        chosen = settings(steps=1, batch_size=2, gradient_accumulation=3, max_grad_norm=1e9)
+        train(model, tokenizer, rows, chosen, seed=0)
+    finally:
+        hook.remove()
+    assert got.keys() == want.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, want[name], rtol=1e-3, atol=float(want[name].abs().max()) * 1e-4 + 1e-9)
+
+
+def batches_of(
+    monkeypatch: pytest.MonkeyPatch, path: Path, pad: PreTrainedTokenizerBase, rows: list[Example], **changes: Any
+) -> list[list[Example]]:
+    """The batches that a branch trains on, in their order."""
+    seen: list[list[Example]] = []
+    real = branch.collate
+
+    def spy(batch: Sequence[Example], pad_id: int) -> Any:
+        seen.append(list(batch))
+        return real(batch, pad_id)
+
+    monkeypatch.setattr(branch, "collate", spy)
+    train(new_model(path), pad, rows, settings(**changes), seed=11)
+    monkeypatch.setattr(branch, "collate", real)
+    return seen
+
+
+def test_a_steps_traces_are_those_of_the_random_order_and_stand_by_length(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = examples[:14]
+    chosen = {"epochs": 2, "batch_size": 2, "gradient_accumulation": 3}  # 6, 6 and 2 traces a step
+    batches = batches_of(monkeypatch, qwen3, tokenizer, rows, **chosen)
+    random = SeedableRandomSampler(rows, data_seed=11)
+    padding = without = 0
+    for epoch in range(2):
+        random.set_epoch(epoch)
+        order = [rows[k] for k in random]
+        for step in (order[:6], order[6:12], order[12:]):
+            pairs = [step[i : i + 2] for i in range(0, len(step), 2)]
+            taken, batches = batches[: len(pairs)], batches[len(pairs) :]
+            flat = [e for b in taken for e in b]
+            assert sorted(flat, key=lambda e: e.input_ids) == sorted(step, key=lambda e: e.input_ids)
+            assert [len(e) for e in flat] == sorted((len(e) for e in step), reverse=True)
+            padding += sum(max(map(len, b)) * len(b) for b in taken)
+            without += sum(max(map(len, b)) * len(b) for b in pairs)
+    assert batches == []
+    tokens = 2 * sum(map(len, rows))
+    assert tokens <= padding < without
+    assert padding - tokens < 0.6 * (without - tokens)
+
+
+def test_without_accumulation_the_random_order_stays_as_it_is(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = batches_of(monkeypatch, qwen3, tokenizer, examples, epochs=2, batch_size=4, gradient_accumulation=1)
+    random = SeedableRandomSampler(examples, data_seed=11)
+    want: list[Example] = []
+    for epoch in range(2):
+        random.set_epoch(epoch)
+        want += [examples[k] for k in random]
+    assert [e for b in batches for e in b] == want
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_layers_in_bf16_take_their_inputs_as_they_are(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], quantization: str
+) -> None:
+    # PEFT would have each adapter in fp32 read a copy of its own, twice as large, here and where layers are computed
+    # again; on a GPU with bitsandbytes it asks autocast itself
+    model = add_adapter(in_bf16(qwen3, quantization), LoraConfig(r=4, alpha=8))
+    reset_adapter(model, 0)
+    seen: dict[str, list[tuple[int, torch.dtype]]] = {}
+    for name, module in model.get_base_model().named_modules():
+        if name.endswith(("_proj", "_proj.lora_A.default")):
+
+            def note(_module: Any, args: Any, name: str = name) -> None:
+                seen.setdefault(name, []).append((args[0].data_ptr(), args[0].dtype))
+
+            module.register_forward_pre_hook(note)
+    train(model, tokenizer, examples, settings(steps=1), seed=0)
+    layers = [name for name in seen if name.endswith("_proj")]
+    assert len(layers) == 14
+    for name in layers:
+        assert len(seen[name]) == 4  # two batches, forward and again
+        assert seen[f"{name}.lora_A.default"] == seen[name]  # the same memory
+        assert {dtype for _, dtype in seen[name]} == {torch.bfloat16}
+    # an answer is computed outside autocast, where the copy is needed
+    with torch.no_grad():
+        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def in_bf16(path: Path, quantization: str) -> Any:
+    """The student as `load_model` has it on a GPU."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, quantization_config=nf4 if quantization == "nf4" else None
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            cast("Any", module).support_avx512bf16_for_cpu = False
+    return model
 
 
 def test_the_first_step_goes_down_the_gradient_by_the_learning_rate(
@@ -376,3 +502,30 @@ def test_the_saved_adapter_is_what_was_trained(
     trained = {n.replace(".default.weight", ".weight"): v for n, v in factors(model).items()}
     assert same(saved, trained)
     assert saved.keys() == load_file(make_adapter(qwen3, "peft") / "adapter_model.safetensors").keys()
+
+
+# --- on a GPU, and where memory ends -------------------------------------------------------------
+
+
+def test_ligers_kernels_are_refused_where_they_cannot_run(
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
+) -> None:
+    with pytest.raises(UserError, match=r"^branch\.liger: its kernels need a CUDA GPU, not `cpu`; set it to false$"):
+        train(new_model(qwen3), tokenizer, examples, settings(liger=True), seed=0)
+    branch.check_liger(settings(liger=False), CPU)
+    if find_spec("liger_kernel") is None:
+        with pytest.raises(UserError, match=r"^branch\.liger needs .* pip install liger-kernel"):
+            branch.check_liger(settings(liger=True), torch.device("cuda"))
+
+
+def test_out_of_memory_names_what_is_not_used_yet(examples: list[Example]) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    chosen = settings(batch_size=1, loss_chunk=256)
+    longest = max(map(len, examples))
+    assert branch._out_of_memory(error, chosen, examples, stays=True) == (
+        "out of memory (CUDA out of memory); lower branch.offload auto (turn it on), "
+        f"branch.max_length 4096 (the longest trace has {longest} tokens)"
+    )
+    assert "offload" not in branch._out_of_memory(error, chosen, examples, stays=False)
+    plain = settings(activation_checkpointing=False)
+    assert "branch.activation_checkpointing false (turn it on)" in branch._out_of_memory(error, plain, examples, True)

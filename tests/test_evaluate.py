@@ -207,3 +207,22 @@ def test_the_held_out_loss_is_the_mean_over_trained_tokens(
         assert record.losses == pytest.approx(want, rel=1e-5)
         assert record.loss == pytest.approx((want["a"] + want["b"]) / 2, rel=1e-5)
         assert (answers, record.accuracy, record.interval, record.questions) == ([], None, None, 0)
+
+
+def test_long_held_out_traces_go_one_by_one_and_short_ones_together(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"a": [Example.after(tuple(range(4, 4 + n)), 1) for n in (40, 7, 12, 61, 9, 30, 29, 8, 8, 75)]}
+    settings = EvalConfig(batch_size=3)
+    shapes: list[tuple[int, int]] = []
+    hook = model.get_base_model().base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    with torch.no_grad():
+        want = held_out_losses(model, tokenizer, rows, settings)
+        assert shapes == [(3, 8), (3, 29), (3, 61), (1, 75)]
+        shapes.clear()
+        monkeypatch.setattr("mot_lora.evaluate.LOSS_TOKENS", 60)
+        assert held_out_losses(model, tokenizer, rows, settings) == pytest.approx(want, rel=1e-5)
+    hook.remove()
+    assert shapes == [(3, 8), (2, 12), (2, 30), (1, 40), (1, 61), (1, 75)]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from mot_lora.loss import IGNORE, batch_loss, chunked_cross_entropy, trained_tokens
@@ -147,6 +148,46 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return grads
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_a_steps_loss_is_that_of_a_masked_forward_of_all_its_traces(student: Path, chunk: int) -> None:
+    # what is padded is not masked here, and a step is cut into batches with other padding
+    adapted = load(student).train()
+    model: Any = adapted.get_base_model()
+    batch = padded_batch(model.config.vocab_size, (23, 9, 17, 4, 11), (3, 1, 9, 2, 4))
+    expected = model(**batch).loss
+    expected.backward()
+    expected_grads = gradients(adapted)
+    n = int((batch["labels"][:, 1:] != IGNORE).sum())
+    total = 0.0
+    for rows, width in ((slice(0, 3, 2), 23), (slice(1, 5, 3), 11), (slice(3, 4), 4)):
+        part = {k: t[rows, :width] for k, t in batch.items() if k != "attention_mask"}
+        loss = batch_loss(model, part, chunk)[0] / n
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(expected.item(), rel=1e-6)
+    grads = gradients(adapted)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        error = (grad - expected_grads[name]).abs().max() / expected_grads[name].abs().max()
+        assert error < 2e-5, name
+
+
+def test_attention_gets_no_mask_and_stays_causal(student: Path) -> None:
+    # with a mask it could take none of its fast kernels
+    model: Any = load(student).get_base_model()
+    seen: list[dict[str, Any]] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.scaled_dot_product_attention:
+                seen.append(kwargs)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        batch_loss(model, padded_batch(model.config.vocab_size), 4)
+    assert [(k["attn_mask"], k["is_causal"]) for k in seen] == [(None, True)] * 2
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])

@@ -225,9 +225,10 @@ def test_where_a_run_logs_may_change_whatever_stood_there_before() -> None:
         "branch.report_to",
         "branch.report_to.0",
         "branch.save_steps",
+        "branch.offload",
         "teachers.1.learning_rate",
         "stop.metric",
     ):
         assert MAY_CHANGE.fullmatch(key)
-    for key in ("branch.steps", "branch.report_to_all", "teachers.1.learning_rates", "teachers.1", "seed"):
+    for key in ("branch.steps", "branch.liger", "branch.report_to_all", "teachers.1.learning_rates", "teachers.1"):
         assert not MAY_CHANGE.fullmatch(key)
