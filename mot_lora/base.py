@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,10 +11,12 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_flash_attn_2_available
 
+from mot_lora.ahead import ahead
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.errors import UserError, is_out_of_memory
@@ -38,7 +40,8 @@ def load_model(
     checkpoint: Checkpoint, quantization: str, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The student in memory: linear layers in NF4 with double quantization, int8, or as they are; the rest in
-    bf16 on a GPU that computes in it, else in fp32.
+    bf16 on a GPU that computes in it, else in fp32. There attention is FlashAttention-2, where flash_attn is installed
+    and the model takes it, else transformers' default.
 
     Errors: UserError when it does not fit.
     """
@@ -77,6 +80,8 @@ def load_model(
         if isinstance(module, Linear4bit):
             # its AVX512-BF16 path repacks the weight in place, after which it can be neither read nor trained through
             cast("Any", module).support_avx512bf16_for_cpu = False
+    if native and is_flash_attn_2_available() and model._supports_flash_attn:
+        model.set_attn_implementation("flash_attention_2")
     model.config.use_cache = True
     # the checkpoint's settings for chatting (temperature, repetition penalty) would be mixed into ours; keep its ends
     said = cast("Any", model.generation_config)
@@ -98,6 +103,8 @@ def _without_bars() -> Iterator[None]:
 
 # --- folding -------------------------------------------------------------------------------------
 
+AHEAD = 2  # modules of W_0 that are read before their turn
+
 
 @dataclass(frozen=True)
 class FoldedModule:
@@ -116,7 +123,11 @@ def fold(
 
     The sum is taken in fp32 from the checkpoint, never from the rounded weights in use. Yields each module with what
     is new of the ledger, for measuring: its last update, or of each the share that `new` says. Nothing is folded unless
-    the iterator is consumed.
+    the iterator is consumed. Modules come as they lie on disk, and the next ones are read while one is at work: what is
+    in memory is bounded by a few modules, whatever the size of the model and of the ledger.
+
+    Errors: UserError for an update of what is no linear layer of the model, before anything is folded, and for a shard
+    that cannot be read.
 
     >>> survived = [f.change.norm() / f.update.norm() for f in fold(model, checkpoint, ledger)]  # doctest: +SKIP
     """
@@ -126,18 +137,36 @@ def fold(
         if isinstance(layer, LoraLayer)
     }
     new = new or [0.0] * (len(ledger) - 1) + [1.0]
-    for module, places in sorted(Placement.of(checkpoint, ledger).places.items()):
-        if places != [f"{module}.weight"] or module not in layers:
+    places = Placement.of(checkpoint, ledger).places
+    for module, names in places.items():
+        if names != [f"{module}.weight"] or module not in layers:
             raise UserError(f"{checkpoint.name}: {module} is no linear layer of the model in memory")
-        layer = layers[module]
-        device = cast("Tensor", layer.weight).device
-        base = checkpoint.tensor(f"{module}.weight", device).float()
-        total, update = base.clone(), torch.zeros_like(base)
-        for merged, share in zip(ledger, new, strict=True) if ledger else ():
-            if module in merged.shapes:
-                delta = merged.delta(module).to(device)
-                total += delta
-                update += delta * share if share else 0
-        before = read_weight(layer)
-        write_weight(layer, total)
-        yield FoldedModule(module, base, update, read_weight(layer) - before)
+
+    def read(module: str) -> Tensor:
+        return checkpoint.tensor(f"{module}.weight", pinned=cast("Tensor", layers[module].weight).is_cuda)
+
+    modules = sorted(places, key=lambda module: checkpoint.where(f"{module}.weight"))
+    with closing(ahead(read, modules, AHEAD)) as stored:
+        for module in modules:
+            yield _fold_module(module, layers[module], next(stored), ledger, new)
+
+
+def _fold_module(
+    module: str, layer: nn.Module, stored: Tensor, ledger: Sequence[Merged], new: Sequence[float]
+) -> FoldedModule:
+    device = cast("Tensor", layer.weight).device
+    stored = stored.to(device, non_blocking=True)
+    total = stored.to(torch.float32, copy=True)
+    update = torch.zeros_like(total)
+    for merged, share in zip(ledger, new, strict=True):
+        if module in merged.shapes:
+            delta = merged.delta(module).to(device)
+            total += delta
+            if share:
+                update += delta if share == 1 else delta * share
+            del delta  # before the next one is made
+    change = -read_weight(layer)  # a copy: what is not quantized is read as it is, and written in place
+    write_weight(layer, total)
+    del total
+    change += read_weight(layer)
+    return FoldedModule(module, stored.float(), update, change)

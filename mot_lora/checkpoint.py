@@ -31,9 +31,12 @@ class Checkpoint:
     name: str
 
     @classmethod
-    def open(cls, name: str | Path, trust_remote_code: bool = False) -> "Checkpoint":
-        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache; code if trusted."""
-        path = locate(name, [*COMPANIONS, "*.safetensors", *(["*.py"] if trust_remote_code else [])])
+    def open(cls, name: str | Path, trust_remote_code: bool = False, weights: bool = True) -> "Checkpoint":
+        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache: its weights, unless they
+        are not wanted yet; its code if trusted.
+        """
+        wanted = [*(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+        path = locate(name, [*COMPANIONS, *wanted])
         if not (path / "config.json").exists():
             what = "an adapter, not a model" if (path / "adapter_config.json").exists() else "not a model folder"
             raise UserError(f"{name}: {what}: it has no config.json; give the folder or Hub name of the full model")
@@ -43,7 +46,9 @@ class Checkpoint:
                 f"{name}: its weights are stored quantized, so small updates would be lost in every fold; "
                 "give the original 16-bit model, it is quantized in memory"
             )
-        if not checkpoint.files:  # looked up here, so that a missing or damaged shard is found before any work
+        if (
+            weights and not checkpoint.files
+        ):  # looked up here, so that a missing or damaged shard is found before any work
             raise UserError(f"{name}: its weights are empty")
         return checkpoint
 
@@ -77,9 +82,14 @@ class Checkpoint:
             )
         return {name: file for file in map(TensorFile, shards) for name in file.entries}
 
-    def tensor(self, name: str, device: str | torch.device = "cpu") -> Tensor:
-        """One tensor as it is stored."""
-        return self.files[name].read(name, device)
+    def tensor(self, name: str, device: str | torch.device = "cpu", pinned: bool = False) -> Tensor:
+        """One tensor as it is stored (see `TensorFile.read`)."""
+        return self.files[name].read(name, device, pinned)
+
+    def where(self, name: str) -> tuple[Path, int]:
+        """The shard that holds a tensor, and its place in it: tensors in this order lie one after the other on disk."""
+        file = self.files[name]
+        return file.path, file.entries[name].start
 
     def fingerprint(self) -> str:
         """A hash of the config and of each shard's size, header and last MiB: cheap, and it tells two models apart."""

@@ -15,6 +15,7 @@ from mot_lora.interruption import INTERRUPTS, signals_raise
 from mot_lora.options import Json, print_json
 
 if TYPE_CHECKING:
+    from mot_lora.plan import PlanRecord
     from mot_lora.records import DataRecord
 
 INTERRUPTED = 130
@@ -105,6 +106,37 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command(rich_help_panel=LOOP)
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    card: Annotated[str | None, typer.Option(help="e.g. 'RTX 4090' or T4; this machine's GPU unless given")] = None,
+    gpu_gib: Annotated[float | None, typer.Option(min=1, help="its memory, where it is another")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a run will fit on a card and how long it takes, before the weights are downloaded.
+
+    Example: mot-lora plan recipes/qwen3_8b_24gb.yaml --card 'RTX 3090' branch.max_length=32768
+    """
+    from mot_lora.reader import load_config
+
+    settings = load_config(config, overrides or [])
+    from mot_lora.display import live, screen
+    from mot_lora.rounds import preview
+    from mot_lora.tables import plan_tables
+
+    console = screen(as_json)
+    with live(console) as progress:
+        record, unread = preview(settings, card, gpu_gib, progress)
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+        return
+    for shown in plan_tables(record):
+        console.print(shown)
+    if unread:
+        console.print(f"traces of {settings.branch.max_length} tokens are assumed: {unread}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=LOOP)
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -114,6 +146,7 @@ def run(
     repair: Annotated[
         bool, typer.Option("--repair", help="set damaged parts aside, with what was built on them, and do them again")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="begin also where the plan says that it does not fit")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show nothing but the last line")] = False,
     as_json: Json = False,
 ) -> None:
@@ -135,17 +168,23 @@ def run(
         for shown in [] if quiet else data_tables(record):
             console.print(shown)
 
+    def planned(record: "PlanRecord") -> None:
+        for shown in [] if quiet else plan_tables(record):
+            console.print(shown)
+
     try:
         from mot_lora.display import live, screen
         from mot_lora.rounds import run as run_rounds
         from mot_lora.rounds import stages
-        from mot_lora.tables import data_tables, table
+        from mot_lora.tables import data_tables, plan_tables, table
 
         console = screen(as_json, quiet)
         with live(console, stages(settings), quiet) as progress:
-            record = run_rounds(settings, progress=progress, repair=repair, started=started)
+            record = run_rounds(
+                settings, progress=progress, repair=repair, started=started, planned=planned, force=force
+            )
     except INTERRUPTS as e:
-        again = shlex.join(["mot-lora", "run", str(config), *overrides])
+        again = shlex.join(["mot-lora", "run", str(config), *overrides, *(["--force"] if force else [])])
         _end(_status(e), f"stopped; nothing that was finished is lost, go on with: {again}")
     if as_json:
         print_json({"run": settings.output, **record.model_dump(mode="json")})

@@ -46,6 +46,11 @@ class Data:
     validation: list[Question]
     forgetting: dict[str, list[Question]]
 
+    @property
+    def lengths(self) -> dict[str, list[int]]:
+        """The tokens of each trace that is trained on, by teacher."""
+        return {name: [len(e) for e in examples] for name, examples in self.train.items()}
+
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Progress = silent) -> Data:
     """Read, choose and tokenize everything that a run trains on and measures.
@@ -69,6 +74,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
         rows, left_out, kept, held = drawn[teacher.name]
         _check(config, teacher, left_out, kept, held)
         lengths = [len(c.example) for c in kept]
+        longest = max(kept, key=lambda c: len(c.example))
         records.append(
             TeacherDataRecord(
                 teacher=teacher.name,
@@ -79,7 +85,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
                 left_out=dict(left_out),
                 without_reasoning=sum(not c.reasons for c in kept),
                 median_tokens=round(median(lengths)),
-                longest_tokens=max(lengths),
+                longest_tokens=len(longest.example),
+                longest_row=longest.where,
                 tokens=sum(lengths),
                 sample=segments(tokenizer, kept[0].example),
             )
@@ -142,8 +149,9 @@ def _read_questions(config: Config, fingerprints: dict[str, str]) -> list[list[Q
 
 @dataclass(frozen=True)
 class Chosen:
-    """A trace that is used: its tokens, its question, and whether it reasons."""
+    """A trace that is used: where it stood, its tokens, its question, and whether it reasons."""
 
+    where: str
     example: Example
     question: str
     reasons: bool
@@ -210,7 +218,7 @@ class Choice:
                 )
             if not is_right(trace.completion, trace.gold):
                 return WRONG
-        return Chosen(example, trace.question, bool(chain))
+        return Chosen(where, example, trace.question, bool(chain))
 
     def decoded(self, example: Example, where: str) -> Trace:
         """A row of tokens as text: its question is what stands before the first trained token."""

@@ -63,3 +63,12 @@ def clock_time(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them.
+
+    >>> size(3 * 2**29), size(2**20)
+    ('1.50 GiB', '1 MiB')
+    """
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

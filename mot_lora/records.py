@@ -112,6 +112,7 @@ class TeacherDataRecord(Record):
     without_reasoning: int = 0
     median_tokens: int = 0
     longest_tokens: int = 0
+    longest_row: str = ""
     tokens: int = 0
     sample: tuple[Segment, ...] = ()
 

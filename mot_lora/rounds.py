@@ -1,7 +1,9 @@
 """A run of Merge-of-Thought distillation, from a config to its record (arXiv 2509.08814)."""
 
+import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +13,8 @@ import torch
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.base import device_of, fold, load_model
-from mot_lora.branch import add_adapter, check_targets
+from mot_lora.branch import add_adapter, check_liger, check_targets
+from mot_lora.cards import USUAL, Card, find_card, this_card
 from mot_lora.chat import load_tokenizer
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
@@ -21,11 +24,9 @@ from mot_lora.errors import UserError
 from mot_lora.ledger import read_ledger, read_page, read_run
 from mot_lora.loop import Evaluate, Loop, Train
 from mot_lora.merged import resolve
+from mot_lora.plan import PlanRecord, UnplannableError, plan, refusal
 from mot_lora.progress import Progress, silent
-from mot_lora.records import (
-    DataRecord,
-    RunRecord,
-)
+from mot_lora.records import DataRecord, RunRecord
 from mot_lora.report import report
 from mot_lora.rundir import RunDir
 from mot_lora.tracking import check_trackers
@@ -39,12 +40,15 @@ def run(
     progress: Progress = silent,
     repair: bool = False,
     started: Callable[[DataRecord], object] | None = None,
+    planned: Callable[[PlanRecord], object] | None = None,
+    force: bool = False,
 ) -> RunRecord:
     """Distill the teachers into the student: W_t = W_0 + sum over rounds of merge(branches of the round).
 
     Works in config.output and goes on with what it finds finished there; nothing finished is done again, after every
     checksum of it was compared. `repair` sets aside what is damaged, with what was built on it, and does that again.
-    `started` is told what became of the data before the work begins.
+    `started` is told what became of the data before the work begins, and `planned` what it needs: a run that does not
+    fit on its card ends there, before weights are downloaded or loaded, unless `force` is given.
 
     Errors: UserError for anything wrong that can be known before the work begins; for a branch that went astray, after
     the others of its round are done.
@@ -54,12 +58,15 @@ def run(
     """
     device = device_of(config)
     check_trackers(config.branch.report_to)
+    check_liger(config.branch, device)
     resolve(config.merge.method)
-    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
+    checkpoint = Checkpoint.open(config.student, config.trust_remote_code, weights=False)
     check_targets(checkpoint.path, config.lora, config.trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     data = load_data(config, tokenizer, progress)
     _check_context(checkpoint, data)
+    _check_fit(config, checkpoint, data, this_card(device), planned, force)
+    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
     rundir = RunDir(Path(config.output))
     with rundir.lock():
         if repair:
@@ -89,6 +96,36 @@ def run(
         return record
 
 
+def preview(
+    config: Config, card: str | None = None, gib: float | None = None, progress: Progress = silent
+) -> tuple[PlanRecord, str]:
+    """What a run will need, from its traces and the student's small files; and why the traces could not be read, where
+    each is then taken to have branch.max_length tokens.
+
+    card: a card's name, else this machine's GPU, else a usual one (a CPU with device: cpu); gib: its memory.
+
+    Errors: UserError for an unknown card or student, and a model that cannot be planned for.
+
+    >>> preview(load_config("recipes/qwen3_8b_24gb.yaml"), "RTX 4090")[0].fits  # doctest: +SKIP
+    True
+    """
+    if card is not None:
+        on = find_card(card)
+    else:
+        on = this_card(device_of(config))
+        on = on if on.is_gpu or config.device == "cpu" else find_card(USUAL)
+    on = replace(on, gib=gib) if gib else on
+    checkpoint = Checkpoint.open(config.student, config.trust_remote_code, weights=False)
+    check_targets(checkpoint.path, config.lora, config.trust_remote_code)
+    data, unread = None, ""
+    try:
+        data = load_data(config, load_tokenizer(checkpoint.path, config.trust_remote_code), progress)
+    except UserError as e:
+        unread = str(e)
+    lengths, asked = (data.lengths, len(data.questions)) if data else (None, 0)
+    return plan(config, json.dumps(checkpoint.config), on, lengths, asked), unread
+
+
 def stages(config: Config) -> list[str]:
     """The stages of a run in their order, as its progress names them.
 
@@ -115,6 +152,28 @@ def _check_context(checkpoint: Checkpoint, data: Data) -> None:
                 f"teacher `{t.teacher}`: a trace has {t.longest_tokens} tokens, but {checkpoint.name} reads at most "
                 f"{limit}; set branch.max_length to {limit} or less"
             )
+
+
+def _check_fit(
+    config: Config,
+    checkpoint: Checkpoint,
+    data: Data,
+    card: Card,
+    planned: Callable[[PlanRecord], object] | None,
+    force: bool,
+) -> None:
+    """Plan the run; UserError, which names the longest trace, when it does not fit."""
+    architecture, lengths, asked = json.dumps(checkpoint.config), data.lengths, len(data.questions)
+    try:
+        record = plan(config, architecture, card, lengths, asked, search=False)
+        if not record.fits:
+            record = plan(config, architecture, card, lengths, asked)
+    except UnplannableError:
+        return  # what is known of a model only when it runs
+    if planned:
+        planned(record)
+    if not record.fits and not force:
+        raise UserError(refusal(record, data.record))
 
 
 def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from rich.text import Text
 
 from mot_lora.comparison import Comparison
 from mot_lora.comparison_rows import grids
+from mot_lora.lines import clock_time, size
 from mot_lora.records import DataRecord, InspectRecord, RunRecord, SaveRecord, Segment, VerifyRecord
 from mot_lora.report import columns, table_rows
 
 if TYPE_CHECKING:
     from mot_lora.harness import HarnessRecord
+    from mot_lora.plan import PlanRecord
 
 SHOWN = 8  # rows of a table that goes by the worst
 SAMPLE = 600  # characters of a piece of a sample
@@ -132,6 +134,46 @@ def data_tables(record: DataRecord) -> list[RenderableType]:
             title = Text(f"{t.teacher}, one trace, trained between » and «", style="bold")
             shown += [title, Padding(_sample(t.sample), (0, 0, 1, 2))]
     return shown
+
+
+def plan_tables(record: "PlanRecord") -> list[RenderableType]:
+    """What a run needs: memory by part, and what each teacher's branch has to do.
+
+    >>> len(plan_tables(plan(config, architecture, card)))  # doctest: +SKIP
+    3
+    """
+    title = f"{record.student} on {record.card}, traces of at most {record.tokens:,} tokens"
+    out = _table(title, ("part", "while", "memory"))
+    place = "card"
+    for part in sorted(record.parts, key=lambda p: ("card", "host", "disk").index(p.place)):
+        if part.place != place:
+            out.add_section()
+            place = part.place
+        when = {"always": "", "loss": "training, or", "layers": "training"}.get(part.phase, part.phase)
+        out.add_row(part.name, when if part.place == "card" else part.place, size(part.bytes))
+    work = _table(f"one of {record.rounds} rounds", ("teacher", "traces", "longest", "steps", "tokens", "about"))
+    for t in record.teachers:
+        seconds = "-" if t.seconds is None else clock_time(t.seconds)
+        traces = f"{t.traces:,}" if t.traces else "not read"
+        work.add_row(Text(t.teacher), traces, *(f"{n:,}" for n in (t.longest, t.steps, t.tokens)), seconds)
+    for column in (*out.columns[2:], *work.columns[1:]):
+        column.justify = "right"
+    return [out, work, Text(plan_line(record))]
+
+
+def plan_line(record: "PlanRecord") -> str:
+    """Whether a run fits, how long it takes, and what to change, in a few words."""
+    fits = "fits" if record.fits else "does not fit"
+    said = [f"{fits}: {size(record.peak)} of {size(record.capacity)} on {record.card}"]
+    if record.longest is not None:
+        said.append(f"the longest trace that fits has {record.longest:,} tokens")
+    if record.seconds is not None:
+        said.append(f"training takes about {clock_time(record.seconds)}")
+    if record.answering is not None:
+        said.append(f"answers {clock_time(record.answering)} at least")
+    if record.change:
+        said.append(f"to make it fit: {' '.join(record.change)}")
+    return "; ".join(said)
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:

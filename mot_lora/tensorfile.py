@@ -79,16 +79,24 @@ class TensorFile:
             start, end = (8 + length + offset for offset in e["data_offsets"])
             self.entries[name] = Entry(DTYPES[e["dtype"]], tuple(e["shape"]), start, end)
 
-    def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
-        """A copy of one tensor, as it is stored."""
-        return self._read(self.entries[name], name).view(self.entries[name].shape).to(device)
+    def read(self, name: str, device: str | torch.device = "cpu", pinned: bool = False) -> Tensor:
+        """A copy of one tensor, as it is stored; `pinned`: read into page-locked memory, which a GPU copies by itself.
 
-    def _read(self, entry: Entry, name: str) -> Tensor:
-        tensor = torch.empty((entry.end - entry.start) // entry.dtype.itemsize, dtype=entry.dtype)
+        Errors: UserError, which names the file and the tensor, for one that the disk does not give.
+        """
+        entry = self.entries[name]
+        return self._read(entry, name, pinned).view(entry.shape).to(device, non_blocking=pinned)
+
+    def _read(self, entry: Entry, name: str, pinned: bool = False) -> Tensor:
+        size = (entry.end - entry.start) // entry.dtype.itemsize
+        tensor = torch.empty(size, dtype=entry.dtype, pin_memory=pinned)
         left = _bytes(tensor)
         at = entry.start
         while len(left):  # one read takes at most 2 GiB
-            count = os.preadv(self._fd, [left], at)
+            try:
+                count = os.preadv(self._fd, [left], at)
+            except OSError as e:
+                raise UserError(f"{self.path}: {name} cannot be read ({e.strerror}); is its disk well?") from e
             if not count:
                 raise UserError(f"{self.path}: {name} is cut off; the file was shortened while it was read")
             left, at = left[count:], at + count

@@ -1,6 +1,9 @@
 import gc
 import json
+import os
+import random
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from mot_lora import UserError, fold_checkpoint, load_adapter, merge_adapters
-from mot_lora.base import fold, load_model, read_weight
+from mot_lora.base import AHEAD, fold, load_model, read_weight
 from mot_lora.branch import add_adapter
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import LoraConfig
 from mot_lora.lowrank import Adapter, Factors
 from mot_lora.merged import Merged
+from mot_lora.tensorfile import write_tensors
 
 CPU = torch.device("cpu")
 
@@ -139,7 +143,7 @@ def test_fold_is_one_rounding_of_the_exact_sum(
     ledger = [merge_adapters([a, b]), merge_adapters([c])]
     before = hashes(student)
     checkpoint, model = peft_student(student, quantization)
-    unfolded = {name: read_weight(layer) for name, layer in linear_layers(model).items()}
+    unfolded = {name: read_weight(layer).clone() for name, layer in linear_layers(model).items()}
     folded = {f.module: f for f in fold(model, checkpoint, ledger)}
 
     base = stored(student)
@@ -160,6 +164,7 @@ def test_fold_is_one_rounding_of_the_exact_sum(
         assert torch.equal(f.base, base[f"{name}.weight"].float())
         torch.testing.assert_close(f.update.double(), true_c[name], rtol=1e-5, atol=1e-8)
         assert torch.equal(f.change, got - unfolded[name])
+        assert f.change.any()
     assert off <= (0 if quantization == "none" else entries // 1000)
 
     fold_checkpoint(student, ledger, tmp_path / "out")
@@ -275,22 +280,182 @@ def test_nf4_still_trains_after_a_forward_without_gradients(student: Path) -> No
         list(fold(model, checkpoint, [small_update(student, 0.05, 3)]))  # and again with weights that a fold made
 
 
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def in_memory(layer: Any) -> list[bytes]:
+    """Every byte that a layer computes with."""
+    if isinstance(layer, Linear4bit):
+        state = layer.weight.quant_state
+        return [bits(t) for t in (layer.weight.data, state.absmax, state.offset, state.state2.absmax)]
+    if isinstance(layer, Linear8bitLt):
+        return [bits(layer.weight.CB), bits(layer.weight.SCB)]
+    return [bits(layer.weight)]
+
+
+def rounded(value: torch.Tensor, quantization: str) -> list[bytes]:
+    """The same of fp32 weights, by the libraries alone."""
+    if quantization == "nf4":
+        codes, state = bnb.quantize_4bit(value, quant_type="nf4", compress_statistics=True)
+        return [bits(t) for t in (codes, state.absmax, state.offset, state.state2.absmax)]
+    if quantization == "int8":
+        codes, scales, _ = bnb.int8_vectorwise_quant(value.half())
+        return [bits(codes), bits(scales)]
+    return [bits(value)]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 50])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_a_fold_is_a_plain_loop_bit_for_bit(
+    qwen3: Path, quantization: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mot_lora.base.AHEAD", n)
+    checkpoint, model = peft_student(qwen3, quantization)
+    ledger, new = [small_update(qwen3, 0.02, i) for i in range(3)], [0.0, 0.3, 1.0]
+    layers, base = linear_layers(model), stored(qwen3)
+    before = {name: read_weight(layer).clone() for name, layer in layers.items()}
+    folded = list(fold(model, checkpoint, ledger, new))
+    assert {f.module for f in folded} == set(layers)
+    for f in folded:
+        total, update = base[f"{f.module}.weight"].float(), torch.zeros_like(f.base)
+        for merged, share in zip(ledger, new, strict=True):
+            total = total + merged.delta(f.module)
+            update = update + merged.delta(f.module) * share
+        assert in_memory(layers[f.module]) == rounded(total, quantization)
+        assert bits(f.base) == bits(base[f"{f.module}.weight"].float())
+        assert bits(f.update) == bits(update)
+        assert bits(f.change) == bits(read_weight(layers[f.module]) - before[f.module])
+
+
+def in_shards(base: Path, out: Path, *orders: Sequence[str]) -> Path:
+    """A copy of a checkpoint whose shards hold these tensors, in these orders."""
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = stored(base)
+    where = {name: f"model-{i}.safetensors" for i, order in enumerate(orders) for name in order}
+    assert set(where) == set(tensors)
+    for i, order in enumerate(orders):
+        entries = {name: (tensors[name].dtype, tensors[name].shape) for name in order}
+        write_tensors(out / f"model-{i}.safetensors", entries, ((name, tensors[name]) for name in order))
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return out
+
+
+@pytest.fixture
+def shuffled(qwen3: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """The tiny student in two shards, its tensors in any order, and the modules in the order of the disk."""
+    names = sorted(stored(qwen3))
+    random.Random(3).shuffle(names)
+    path = in_shards(qwen3, tmp_path / "shuffled", names[:12], names[12:])
+    return path, [name.removesuffix(".weight") for name in names if "_proj" in name]
+
+
+def test_modules_come_as_they_lie_on_disk(qwen3: Path, shuffled: tuple[Path, list[str]]) -> None:
+    path, on_disk = shuffled
+    assert on_disk != sorted(on_disk)
+    update = small_update(qwen3, 0.01, 0)
+    checkpoint, model = peft_student(path)
+    assert [f.module for f in fold(model, checkpoint, [update])] == on_disk
+    same_checkpoint, same = peft_student(qwen3)
+    list(fold(same, same_checkpoint, [update]))
+    got, want = linear_layers(model), linear_layers(same)
+    assert all(in_memory(got[module]) == in_memory(want[module]) for module in on_disk)
+
+
+def reading() -> list[str]:
+    """The threads that read ahead."""
+    return [t.name for t in threading.enumerate() if t.name.startswith("ahead")]
+
+
+def test_a_shard_that_cannot_be_read_is_named(shuffled: tuple[Path, list[str]], qwen3: Path) -> None:
+    path, on_disk = shuffled
+    checkpoint, model = peft_student(path)
+    last = checkpoint.files[f"{on_disk[-1]}.weight"]
+    os.truncate(last.path, last.entries[f"{on_disk[-1]}.weight"].end - 1)
+    folding = fold(model, checkpoint, [small_update(qwen3, 0.01, 0)])
+    assert [next(folding).module for _ in on_disk[:-1]] == on_disk[:-1]
+    with pytest.raises(UserError, match=r"model-1\.safetensors: .* is cut off") as e:
+        next(folding)
+    assert type(e.value) is UserError
+    assert str(path) in str(e.value)
+    assert on_disk[-1] in str(e.value)
+    assert not reading()
+
+
+def test_a_fold_that_is_left_half_way_leaves_no_thread(qwen3: Path) -> None:
+    checkpoint, model = peft_student(qwen3)
+    ledger = [small_update(qwen3, 0.01, 0)]
+    folding = fold(model, checkpoint, ledger)
+    assert not reading()
+    next(folding)
+    assert len(reading()) == 1
+    del folding
+    assert not reading()
+    for _ in fold(model, checkpoint, ledger):
+        break
+    assert not reading()
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    good = merge_adapters(ledger[0].adapters)
+    with pytest.raises(KeyboardInterrupt) as e:
+        list(fold(model, checkpoint, [good, merge_adapters(ledger[0].adapters, broken)]))
+    assert not reading()  # although the traceback keeps the fold
+    assert e.tb
+
+
+# --- its memory ----------------------------------------------------------------------------------
+
+
+def dense_bytes() -> int:
+    """What the matrices take that are alive anywhere."""
+    tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.ndim == 2 and o.is_floating_point())
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def largest(path: Path) -> int:
+    """Bytes of the largest linear layer in fp32."""
+    return max(t.numel() * 4 for n, t in stored(path).items() if "_proj" in n)
+
+
 def test_a_fold_holds_one_module_at_a_time(qwen3: Path) -> None:
     checkpoint, model = peft_student(qwen3)
     ledger = [small_update(qwen3, 0.01, i) for i in range(3)]
-    largest = max(t.numel() * 4 for n, t in stored(qwen3).items() if "_proj" in n)
-
-    def dense_bytes() -> int:
-        tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.ndim == 2 and o.is_floating_point())
-        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-
-    before = dense_bytes()
-    most = 0
+    before, most = dense_bytes(), 0
     for f in fold(model, checkpoint, ledger):
         most = max(most, dense_bytes() - before)
         del f
-    # W_0, the sum, the last update, the weights before and the change
-    assert 3 * largest <= most <= 6 * largest
+    # what is given out, W_0, the update and the change; and what is read ahead, in bf16
+    assert 3 * largest(qwen3) <= most <= (3 + AHEAD / 2) * largest(qwen3)
+
+
+def test_memory_does_not_grow_with_rounds_and_teachers(qwen3: Path, make_adapter: MakeAdapter) -> None:
+    checkpoint, model = peft_student(qwen3)
+    targets = ["up_proj", "down_proj"]
+    folders = [make_adapter(qwen3, f"teacher{i}", seed=i, target_modules=targets) for i in range(3)]
+    seen: list[int] = []
+
+    def mean(deltas: torch.Tensor, _: Sequence[float]) -> torch.Tensor:
+        seen.append(dense_bytes())  # in the midst of a module
+        return deltas.mean(0)
+
+    def most(rounds: int, teachers: int) -> int:
+        ledger = [merge_adapters(folders[:teachers], mean) for _ in range(rounds)]
+        gc.collect()
+        before = dense_bytes()
+        seen.clear()
+        for f in fold(model, checkpoint, ledger):
+            del f
+        assert len(seen) == 4 * rounds
+        return max(seen) - before
+
+    few = most(rounds=1, teachers=1)
+    # W_0 and what is read ahead, in bf16; the sum and the update; one teacher's update
+    assert few <= (3 + (1 + AHEAD) / 2) * largest(qwen3)
+    for rounds, teachers in ((5, 1), (1, 3), (5, 3)):
+        # how much is read ahead at the time may differ; of the folders only one module's factors are in memory
+        assert most(rounds, teachers) <= few + AHEAD * largest(qwen3) // 2
 
 
 def test_folding_an_adapter_of_another_base_is_refused(qwen3: Path) -> None:
@@ -300,3 +465,15 @@ def test_folding_an_adapter_of_another_base_is_refused(qwen3: Path) -> None:
     )
     with pytest.raises(UserError, match=r"q_proj\.weight is \[128, 64\].*\[5, 3\]"):
         list(fold(model, checkpoint, [wrong]))
+
+
+def test_what_is_no_linear_layer_is_refused_before_anything_is_folded(qwen3: Path) -> None:
+    checkpoint, model = peft_student(qwen3)
+    before = {name: in_memory(layer) for name, layer in linear_layers(model).items()}
+    good = small_update(qwen3, 0.1, 0).adapters[0].updates
+    tokens = stored(qwen3)["model.embed_tokens.weight"].shape
+    embedding = Factors(torch.ones(1, tokens[1]), torch.ones(tokens[0], 1), form="embedding")
+    both = merge_adapters([Adapter("a", {**good, "model.embed_tokens": embedding})])
+    with pytest.raises(UserError, match=r"model\.embed_tokens is no linear layer of the model in memory"):
+        list(fold(model, checkpoint, [both]))
+    assert {name: in_memory(layer) for name, layer in linear_layers(model).items()} == before

@@ -450,7 +450,7 @@ def test_a_teacher_of_whom_nothing_is_left_is_named_with_the_reasons(
 
 
 def traced(question: str, completion: str = "c") -> Chosen:
-    return Chosen(Example.after((1, 2, hash(completion) % 999), 1), question, True)
+    return Chosen("row 1", Example.after((1, 2, hash(completion) % 999), 1), question, True)
 
 
 def test_a_question_is_held_out_for_every_teacher_or_for_none() -> None:

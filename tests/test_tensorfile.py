@@ -255,6 +255,17 @@ def test_a_file_that_is_shortened_while_it_is_open_is_named(tmp_path: Path) -> N
         write_tensors(tmp_path / "b", {n: (t.dtype, t.shape) for n, t in tensors.items()}, [("a", file), ("b", file)])
 
 
+def test_a_disk_that_gives_an_error_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    pipe, other = os.pipe()
+    os.dup2(pipe, file._fd)  # from here on the system refuses to read at a place
+    for end in (pipe, other):
+        os.close(end)
+    with pytest.raises(UserError, match=r"a\.safetensors: a cannot be read \(Illegal seek\)"):
+        file.read("a")
+
+
 # --- what was announced ----------------------------------------------------------------------------------
 
 ENTRIES = {"a": (torch.float32, (2, 3)), "b": (torch.int64, ())}
