@@ -6,10 +6,9 @@
 Builds a checkpoint in bf16 shards and four rank-16 all-linear adapters, and folds their mean into the base in NF4: on
 CUDA where there is a GPU. Each measurement is a fresh process that does it `--repeat` times. `seconds` is the least of
 these; for a fold the whole of `for _ in fold(...)`. `peak_mb` is the most memory that the process had resident during a
-fold, over what it had before the first. glibc keeps what is freed in blocks below 32 MB; "freed at once" tells it not
-to, and so shows what was in use. `gpu_mb` the same of what torch has allocated on the GPU. `warm` is with the
-shards in the page cache; before `cold` the kernel was asked to forget them, which a virtual machine's host may not
-have.
+fold, over what it had before the first; `gpu_mb` the same of what torch has allocated on the GPU. glibc keeps what is
+freed in blocks below 32 MB: "freed at once" tells it not to, and so shows what was in use. `warm` is with the shards in
+the page cache; before `cold` the kernel was asked to forget them, which a virtual machine's host may not have done.
 A round is a ledger's entry: here, the same four adapters again.
 """
 
