@@ -65,7 +65,7 @@ def run(
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     data = load_data(config, tokenizer, progress)
     _check_context(checkpoint, data)
-    _check_fit(config, checkpoint, data, this_card(device), planned, force)
+    needs = _check_fit(config, checkpoint, data, this_card(device), force)
     checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
     rundir = RunDir(Path(config.output))
     with rundir.lock():
@@ -76,6 +76,8 @@ def run(
         write_record(rundir.path / "data.json", data.record)
         if started:
             started(data.record)
+        if planned and needs:
+            planned(needs)
         record = read_run(rundir)
         if record is None or not record.stopped:
             progress("load the student", 0, 1)
@@ -154,26 +156,18 @@ def _check_context(checkpoint: Checkpoint, data: Data) -> None:
             )
 
 
-def _check_fit(
-    config: Config,
-    checkpoint: Checkpoint,
-    data: Data,
-    card: Card,
-    planned: Callable[[PlanRecord], object] | None,
-    force: bool,
-) -> None:
-    """Plan the run; UserError, which names the longest trace, when it does not fit."""
+def _check_fit(config: Config, checkpoint: Checkpoint, data: Data, card: Card, force: bool) -> PlanRecord | None:
+    """What the run needs, where that can be told; UserError, which names the longest trace, when it does not fit."""
     architecture, lengths, asked = json.dumps(checkpoint.config), data.lengths, len(data.questions)
     try:
         record = plan(config, architecture, card, lengths, asked, search=False)
         if not record.fits:
             record = plan(config, architecture, card, lengths, asked)
     except UnplannableError:
-        return  # what is known of a model only when it runs
-    if planned:
-        planned(record)
+        return None  # it is known only when the model runs
     if not record.fits and not force:
         raise UserError(refusal(record, data.record))
+    return record
 
 
 def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> dict[str, Any]:
