@@ -228,6 +228,7 @@ class Loop:
         for f in self.folded(number, merged):
             tallies[f.module] = tally(merged.adapters, f.module, f.base, f.update, f.change)
             self.progress(f"round {number}, fold", len(tallies), len(merged.shapes))
+            del f  # before the next one is made
         return tallies
 
     def measure(self, stage: str, *, adapter: bool) -> tuple[EvaluationRecord, list[Answer]]:

@@ -40,7 +40,7 @@ class Merged:
         """The merged update of one module, of `shapes[module]`, computed in `dtype`."""
         parts = self.parts(module)
         if self._stays_low_rank(parts):
-            return self.factors(module, dtype).delta(dtype)
+            return self._factors(module, parts, dtype).delta(dtype)
         shape, device = self.shapes[module], next((p.a.device for p in parts if isinstance(p, Factors)), None)
         merge = self._method(module)
         if not self._stacked(parts):
@@ -53,7 +53,9 @@ class Merged:
 
     def factors(self, module: str, dtype: torch.dtype = torch.float32) -> Factors:
         """The merged update of one module as exact factors of rank sum(r). UserError where it is not low-rank."""
-        parts = self.parts(module)
+        return self._factors(module, self.parts(module), dtype)
+
+    def _factors(self, module: str, parts: Sequence[Update | None], dtype: torch.dtype) -> Factors:
         if not self._stays_low_rank(parts):
             raise UserError(f"a {method_name(self.method)} merge of {module} is not low-rank: fold it, or give a rank")
         if self.space is None:

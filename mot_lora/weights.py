@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes import functional as bnb
-from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 
@@ -14,29 +14,43 @@ def read_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, Linear4bit):
         return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
     if isinstance(layer, Linear8bitLt):
-        state = cast("Any", layer.state)
-        codes, scales = (weight.CB, weight.SCB) if weight.CB is not None else (state.CB, state.SCB)
-        return bnb.int8_vectorwise_dequant(codes, scales).float()
+        return bnb.int8_vectorwise_dequant(*_int8(layer)).float()
     return weight.detach().float()
 
 
 def write_weight(layer: nn.Module, value: Tensor) -> None:
-    """Round fp32 weights [out, in] once, to the format that the layer has, in place."""
-    old = cast("Any", layer.weight)
+    """Round fp32 weights [out, in] once, to the format that the layer has, in place.
+
+    Nothing that stays is allocated: weights that moved would leave the heap in pieces, the more the larger the model.
+    """
+    weight = cast("Any", layer.weight)
+    value = value.to(weight.device)
     if isinstance(layer, Linear4bit):
-        new = cast("Any", Params4bit)(
+        codes, state = bnb.quantize_4bit(
             value.float().contiguous(),
-            requires_grad=False,
-            compress_statistics=old.compress_statistics,
-            quant_type=old.quant_type,
-            quant_storage=old.quant_storage,
-            module=layer,
-        ).to(old.device)
-        new.quant_state.dtype = old.quant_state.dtype
-        layer.weight = new
+            blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics,
+            quant_type=weight.quant_type,
+            quant_storage=weight.quant_storage,
+        )
+        weight.data.copy_(codes)
+        for old, new in zip(_statistics(weight.quant_state), _statistics(state), strict=True):
+            old.copy_(new)
     elif isinstance(layer, Linear8bitLt):
-        layer.weight = cast("Any", Int8Params)(value.half(), requires_grad=False, has_fp16_weights=False).to(old.device)
-        layer.state.CB = layer.state.SCB = None  # the layer takes them from the new weight at its next forward
+        codes, scales, _ = bnb.int8_vectorwise_quant(value.half())
+        for old, new in zip(_int8(layer), (codes, scales), strict=True):
+            old.copy_(new)
     else:
         with torch.no_grad():
-            old.copy_(value)
+            weight.copy_(value)
+
+
+def _int8(layer: Linear8bitLt) -> tuple[Tensor, Tensor]:
+    """Codes and scales, which the layer takes from its weight at its first forward."""
+    weight, state = cast("Any", layer.weight), cast("Any", layer.state)
+    return (weight.CB, weight.SCB) if weight.CB is not None else (state.CB, state.SCB)
+
+
+def _statistics(state: Any) -> list[Tensor]:
+    """What an NF4 weight's codes are scaled by."""
+    return [state.absmax, *((state.offset, state.state2.absmax) if state.nested else ())]
