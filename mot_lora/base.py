@@ -12,7 +12,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -22,7 +22,7 @@ from mot_lora.config import Config
 from mot_lora.errors import UserError, is_out_of_memory
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
-from mot_lora.weights import read_weight, write_weight
+from mot_lora.weights import quantization_config, read_weight, write_weight
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast for each int8 product
 
@@ -47,22 +47,12 @@ def load_model(
     """
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if native else torch.float32
-    config = None
-    if quantization == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
     with warnings.catch_warnings(), _without_bars():
         warnings.simplefilter("ignore", FutureWarning)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 checkpoint.path,
-                quantization_config=config,
+                quantization_config=quantization_config(quantization, dtype),
                 dtype=dtype,
                 device_map={"": device},
                 trust_remote_code=trust_remote_code,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -31,6 +31,7 @@ from mot_lora.branch import add_adapter
 from mot_lora.config import BranchConfig, LoraConfig
 from mot_lora.loss import chunked_cross_entropy
 from mot_lora.offload import NEAR, is_worth_moving
+from mot_lora.weights import quantization_config
 
 FEW = NEAR + 2  # layers, after which one more adds what every other one does
 Attention = Literal["cuda", "cpu", "math"]
@@ -86,13 +87,7 @@ def student(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=f"{PLANNED}_{attention}")
         model.requires_grad_(False)
         if quantization != "none":
-            how = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-            replace_with_bnb_linear(model, get_keys_to_not_convert(model), how)
+            replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization_config("nf4", dtype))
             for module in model.modules():
                 if isinstance(module, Linear4bit):
                     _pack(module, dtype)
@@ -173,6 +168,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.name() == "bitsandbytes::gemm_4bit":
+            with self:
+                return _product(*args, **kwargs)
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -237,6 +235,16 @@ def _forward(base: Any, batch: int, tokens: int, use_cache: bool) -> Any:
     ids = torch.empty(batch, tokens, dtype=torch.int64)
     # a mask of four dimensions is taken as it is, and no attention here looks at it
     return base.base_model(input_ids=ids, attention_mask=torch.empty(1, 1, 1, 1), use_cache=use_cache)
+
+
+def _product(x: Tensor, codes: Tensor, shape: Any, absmax: Tensor, block: int, kind: str, *rest: Any) -> Tensor:
+    """What a Linear4bit does with many tokens: its weight in x's format, and one product."""
+    ops: Any = torch.ops.bitsandbytes
+    bias, quantized, code, offset = rest
+    scales = ops.dequantize_blockwise(quantized, absmax, code, 256, torch.float32) + offset
+    weight = ops.dequantize_4bit(codes, scales, block, kind, shape, x.dtype)
+    flat = torch.mm(x.flatten(0, -2), weight.t())  # what `linear` would be here, but counted
+    return (flat if bias is None else flat.add_(bias)).unflatten(0, x.shape[:-1])
 
 
 def _pack(layer: Linear4bit, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
+from mot_lora.base import AHEAD
 from mot_lora.cards import Card
 from mot_lora.config import BranchConfig, Config, LoraConfig
 from mot_lora.errors import UserError
@@ -26,8 +27,9 @@ STEP = 64  # tokens; the longest trace is told in these
 PROBE = 4096  # tokens of the first of two traces through which the longest is guessed
 SHORTEST = 512  # tokens; it is no use to train on less
 SMALL_CHUNK = 256
-FOLDED = 6  # copies in fp32 that the fold of a layer holds
-AHEAD = 3  # layers that a fold reads ahead
+# copies of a layer in fp32 that folding a merge by a method, and measuring it, holds; of others as many as the most
+FOLDED = {"linear": 6, "dare_linear": 8, "ties": 11, "dare_ties": 12, "sce": 12, "della": 15}
+SMALL_RANK = 8
 
 
 class UnplannableError(UserError):
@@ -141,36 +143,41 @@ def peak_of(parts: Sequence[Part]) -> int:
 
 
 def changes(config: Config, architecture: str, card: Card, tokens: int) -> tuple[str, ...]:
-    """The fewest settings, of those that change nothing of what is learned but its rounding, with which a trace of so
-    many tokens fits; then a smaller max_length. Empty where nothing helps.
+    """The fewest settings with which a trace of so many tokens fits: first those that change nothing of what is learned
+    but its rounding, then a smaller rank, then a smaller max_length. Empty where nothing helps.
     """
-    b = config.branch
-    batch = b.batch_size * b.gradient_accumulation
-    steps: list[tuple[bool, dict[str, Any]]] = [
-        (not b.activation_checkpointing, {"activation_checkpointing": True}),
-        (b.batch_size > 1, {"batch_size": 1, "gradient_accumulation": batch}),
-        (b.offload == "off" and card.is_gpu, {"offload": "auto"}),
-        (b.loss_chunk > SMALL_CHUNK, {"loss_chunk": SMALL_CHUNK}),
+    b, e = config.branch, config.eval
+    one_by_one = {"batch_size": 1, "gradient_accumulation": b.batch_size * b.gradient_accumulation}
+    settings: list[tuple[bool, str, dict[str, Any]]] = [
+        (config.quantization != "nf4", "", {"quantization": "nf4"}),
+        (not b.activation_checkpointing, "branch", {"activation_checkpointing": True}),
+        (b.batch_size > 1, "branch", one_by_one),
+        (b.offload == "off" and card.is_gpu, "branch", {"offload": "auto"}),
+        (b.loss_chunk > SMALL_CHUNK, "branch", {"loss_chunk": SMALL_CHUNK}),
+        (e.data is not None and e.batch_size > 1, "eval", {"batch_size": 1}),
     ]
-    asked: list[tuple[Config, tuple[str, ...]]] = [(config, ())]
-    if config.quantization != "nf4":
-        asked.append((config.model_copy(update={"quantization": "nf4"}), ("quantization=nf4",)))
-    for wanted, update in steps:
-        if wanted:
-            last, said = asked[-1]
-            branch = last.branch.model_copy(update=update)
-            told = tuple(f"branch.{key}={str(value).lower()}" for key, value in update.items())
-            asked.append((last.model_copy(update={"branch": branch}), (*said, *told)))
-    if config.eval.data and config.eval.batch_size > 1:
-        last, said = asked[-1]
-        fewer = last.eval.model_copy(update={"batch_size": 1})
-        asked.append((last.model_copy(update={"eval": fewer}), (*said, "eval.batch_size=1")))
-    for changed, said in asked[1:]:
-        if Need(changed, architecture, card).fits(tokens):
+    said: tuple[str, ...] = ()
+    for _, section, update in (s for s in settings if s[0]):
+        config, said = _with(config, section, update), (*said, *_told(section, update))
+        if Need(config, architecture, card).fits(tokens):
             return said
-    last, said = asked[-1]
-    longest = Need(last, architecture, card).longest()
+    rank = {"r": SMALL_RANK}
+    if config.lora.r > SMALL_RANK and Need(_with(config, "lora", rank), architecture, card).fits(tokens):
+        return *said, *_told("lora", rank)
+    longest = Need(config, architecture, card).longest()
     return (*said, f"branch.max_length={longest}") if longest >= SHORTEST else ()
+
+
+def _with(config: Config, section: str, update: dict[str, Any]) -> Config:
+    """A config with other settings in one of its sections, or ("") its own."""
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=update)} if section else update
+    )
+
+
+def _told(section: str, update: dict[str, Any]) -> list[str]:
+    """Settings as the command line takes them."""
+    return [f"{f'{section}.' if section else ''}{key}={str(value).lower()}" for key, value in update.items()]
 
 
 def refusal(record: PlanRecord, data: DataRecord) -> str:
@@ -214,6 +221,7 @@ class Need:
         """What takes memory, where the longest trace has so many tokens."""
         c, w, s = self.config, self.student.weights(), self.step(tokens)
         adapters = c.rounds * len(c.teachers) * w.adapter
+        copies = FOLDED.get(c.merge.method, max(FOLDED.values()))
         parts = [
             Part(
                 name="linear layers" if c.quantization == "none" else f"linear layers, {c.quantization}", bytes=w.layers
@@ -229,7 +237,7 @@ class Need:
                 bytes=s.layer,
                 phase="layers",
             ),
-            Part(name="fold of one layer", bytes=FOLDED * 4 * w.largest, phase="folding"),
+            Part(name="fold of one layer", bytes=4 * copies * w.largest, phase="folding"),
         ]
         if c.eval.data:
             asked = c.eval.batch_size * c.eval.samples
@@ -240,7 +248,7 @@ class Need:
             if self.card.is_gpu
             else Part(name="Python and torch", bytes=PROGRAM),
             Part(name="inputs of layers, offloaded", bytes=s.host, place="host"),
-            Part(name="weights read ahead", bytes=AHEAD * 2 * w.largest, place="host"),
+            Part(name="weights read ahead", bytes=(AHEAD + 1) * 2 * w.largest, place="host"),
             Part(name="the student's checkpoint, in bf16", bytes=2 * w.parameters, place="disk"),
             Part(name="adapters of all rounds", bytes=adapters, place="disk"),
             Part(name="states to go on from", bytes=2 * 3 * w.adapter, place="disk"),

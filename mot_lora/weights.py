@@ -6,6 +6,19 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers is told of nf4 (with double quantization), int8 or none; nf4 layers compute in `dtype`."""
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
 def read_weight(layer: nn.Module) -> Tensor:

@@ -258,6 +258,18 @@ def files_of(folder: Path) -> Mapping[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
+def allocated(profile: Any, mark: str = "") -> tuple[int, int]:
+    """The bytes that were held when the event `mark` began, and the most, as torch's allocator reported them."""
+    now = marked = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == mark:
+            marked = now
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return marked, most
+
+
 MakeAdapter = Callable[..., Path]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import allocated
 from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -61,7 +62,7 @@ def planned(path: Path, quantization: str, dtype: torch.dtype = torch.float32) -
     return student(AutoConfig.from_pretrained(path), quantization, LORA, dtype, "cpu")
 
 
-def allocated(model: PeftModel, batch: int, tokens: int, settings: BranchConfig) -> tuple[int, int]:
+def taken(model: PeftModel, batch: int, tokens: int, settings: BranchConfig) -> tuple[int, int]:
     """What a real step holds on to after its forward pass, and its peak, as torch's allocator reports them."""
     base: Any = model.get_base_model()
     if settings.activation_checkpointing:
@@ -80,22 +81,14 @@ def allocated(model: PeftModel, batch: int, tokens: int, settings: BranchConfig)
         stack.enter_context(inputs_as_they_are(base))  # as the trainer has it around the backward pass
         with torch.profiler.record_function("backward begins"):
             loss.backward()
-    now = kept = most = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "backward begins":
-            kept = now
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return kept, most
+    return allocated(profile, "backward begins")
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_a_step_takes_what_it_is_said_to_take(saved: Path, quantization: str, checkpointing: bool) -> None:
     settings = BranchConfig(loss_chunk=128, activation_checkpointing=checkpointing)
-    kept, most = allocated(real(saved, quantization), 2, 384, settings)
+    kept, most = taken(real(saved, quantization), 2, 384, settings)
     said = step(planned(saved, quantization), 2, 384, settings, offload=False)
     assert said.kept == pytest.approx(kept, rel=0.03)  # batches' ids and rotary angles are small
     assert said.peak == pytest.approx(most, rel=0.01)
@@ -104,7 +97,7 @@ def test_a_step_takes_what_it_is_said_to_take(saved: Path, quantization: str, ch
 def test_so_does_a_step_in_bf16(saved: Path) -> None:
     """The adapter stays in fp32 and autocast casts it: neither its copies nor PEFT's are seen in the peak."""
     settings = BranchConfig(loss_chunk=128)
-    kept, most = allocated(real(saved, "none", torch.bfloat16), 2, 384, settings)
+    kept, most = taken(real(saved, "none", torch.bfloat16), 2, 384, settings)
     said = step(planned(saved, "none", torch.bfloat16), 2, 384, settings, offload=False)
     assert said.kept == pytest.approx(kept, rel=0.05)
     assert 0.97 * most < said.peak < 1.1 * most
@@ -149,6 +142,13 @@ def test_the_operations_are_those_that_torch_counts(saved: Path) -> None:
     c = base.config
     attention = c.num_hidden_layers * 2 * c.num_attention_heads * 256 * 256 * c.head_dim * 7 / 2
     assert said.flops == pytest.approx(products + attention, rel=1e-3)
+
+
+def test_quantized_products_are_operations_too(saved: Path) -> None:
+    plain, quantized, eight = (
+        step(planned(saved, q), 1, 256, BranchConfig(loss_chunk=64), False).flops for q in ("none", "nf4", "int8")
+    )
+    assert plain == quantized == eight
 
 
 def test_offloaded_inputs_take_host_memory_instead(saved: Path) -> None:

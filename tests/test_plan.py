@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config
+import torch
+from conftest import allocated, stored
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mot_lora.agreement import tally
+from mot_lora.base import fold, load_model
+from mot_lora.branch import add_adapter
 from mot_lora.cards import Card, find_card
-from mot_lora.config import Config
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.config import MERGE_METHODS, Config, LoraConfig
 from mot_lora.errors import UserError
-from mot_lora.plan import Need, Part, PlanRecord, UnplannableError, changes, peak_of, plan
+from mot_lora.lowrank import Adapter, Factors
+from mot_lora.merge import NEEDS_DENSITY
+from mot_lora.merged import Merged, combine
+from mot_lora.plan import FOLDED, Need, Part, PlanRecord, UnplannableError, changes, peak_of, plan
 from mot_lora.rounds import preview, run
 
 GIB = 2**30
@@ -110,6 +119,42 @@ def test_what_is_changed_fits_and_less_does_not() -> None:
     length = next((int(c.partition("=")[2]) for c in record.change if c.startswith("branch.max_length")), 8192)
     assert Need(changed(record.change), architecture("8b"), card).fits(length)
     assert not Need(changed(record.change[:1]), architecture("8b"), card).fits(8192)
+
+
+def test_a_smaller_rank_comes_before_shorter_traces() -> None:
+    def asked(r: int) -> Config:
+        return config(lora={"r": r, "alpha": 64}, branch={"loss_chunk": 64})
+
+    large, small = (peak_of(Need(asked(r), TINY, Card("large", 80)).parts(4096)) for r in (64, 8))
+    card = Card("between", (large + small) / 2 / GIB)
+    assert changes(asked(64), TINY, card, 4096) == ("lora.r=8",)
+    (shorter,) = changes(asked(8), TINY, Card("less", (small - 2**20) / GIB), 4096)
+    assert shorter.startswith("branch.max_length=")
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_a_fold_takes_as_many_copies_of_a_layer_as_are_planned(tmp_path: Path, method: str) -> None:
+    config = Qwen3Config(hidden_size=256, intermediate_size=1024, num_hidden_layers=2, head_dim=32, vocab_size=500)
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    model = add_adapter(load_model(checkpoint, "nf4", torch.device("cpu")), LoraConfig())
+    shapes = {n.removesuffix(".weight"): t.shape for n, t in stored(tmp_path).items() if "_proj" in n}
+
+    def merged() -> Merged:
+        adapters = [
+            Adapter(
+                str(i), {n: Factors(torch.randn(4, inner), torch.randn(out, 4)) for n, (out, inner) in shapes.items()}
+            )
+            for i in range(4)
+        ]
+        return combine(adapters, method, density=0.5 if method in NEEDS_DENSITY else None)
+
+    ledger = [merged(), merged()]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for f in fold(model, checkpoint, ledger):
+            tally(ledger[-1].adapters, f.module, f.base, f.update, f.change)
+            del f
+    assert allocated(profile)[1] / (4 * 256 * 1024) == pytest.approx(FOLDED[method], abs=0.6)
 
 
 def test_the_peak_is_of_what_is_held_together() -> None:
