@@ -222,8 +222,9 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
         hidden.register_hook(reach_layers)
         every = torch.empty(batch * (tokens - 1), dtype=torch.int64)
         states = hidden[:, :-1].flatten(0, 1).index_select(0, every)  # as choosing the trained ones copies them
+        del hidden
         loss = chunked_cross_entropy(states, base.get_output_embeddings(), every, settings.loss_chunk)
-        del hidden, states
+        del states
         loss.backward()
         host = sum(math.prod(shape) * dtype.itemsize for shape, dtype in moved)
     for parameter in model.parameters():

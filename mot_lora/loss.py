@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 IGNORE = -100
+Head = Callable[[Tensor], Tensor]
 
 
 def trained_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,24 +27,54 @@ def trained_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :-1][trained], targets[trained]
 
 
-def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> Tensor:
     """The summed loss of n tokens, - sum_i log softmax(head(h_i))[t_i], in nats; fp32 scalar.
 
-    hidden: [n, width]; head maps [m, width] to logits [m, vocabulary]; targets: [n] int64. The softmax is in fp32, and
-    logits are held for `chunk` tokens at once, forward and backward: each chunk is computed again for its gradient.
+    hidden: [n, width]; head maps [m, width] to logits [m, vocabulary]; targets: [n] int64. The softmax is in fp32.
+    Logits are computed once, and held for `chunk` tokens: with them their gradient is taken, [n, width], and kept.
 
     >>> chunked_cross_entropy(torch.zeros(4, 8), torch.nn.Linear(8, 2), torch.zeros(4, dtype=torch.int64), 2).shape
     torch.Size([])
     """
-
-    def part(h: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), t, reduction="sum")
-
+    if torch.is_grad_enabled():
+        own = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
+        return cast("Any", _Summed).apply(head, targets, chunk, hidden, *own)
     total = hidden.new_zeros((), dtype=torch.float32)
     for i in range(0, len(targets), chunk):
-        h, t = hidden[i : i + chunk], targets[i : i + chunk]
-        total = total + cast("Tensor", checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False))
+        total += _loss(head, hidden[i : i + chunk], targets[i : i + chunk])
     return total
+
+
+def _loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+class _Summed(torch.autograd.Function):
+    """The loss, and with it the gradients by hidden and by what the head trains."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, targets: Tensor, chunk: int, hidden: Tensor, *own: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        ctx.grads = [torch.zeros_like(x) for x in (hidden, *own)]
+        for i in range(0, len(targets), chunk):
+            here = slice(i, i + chunk)
+            h = hidden[here].detach().requires_grad_()
+            with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # used at once: nobody need move it
+                loss = _loss(head, h, targets[here])
+            by_hidden, *by_own = torch.autograd.grad(loss, [h, *own])
+            ctx.grads[0][here] = by_hidden
+            for total_grad, grad in zip(ctx.grads[1:], by_own, strict=True):
+                total_grad += grad
+            total += loss.detach()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return None, None, None, *(grad * upstream[0] for grad in ctx.grads)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Tensor, int]:
@@ -69,7 +100,7 @@ def token_log_probs(model: Any, batch: Mapping[str, Tensor], chunk: int) -> Tens
     """
     with torch.no_grad(), _computing(model):
         hidden, targets = _states(model, batch)
-        head = cast("Callable[[Tensor], Tensor]", model.get_output_embeddings())
+        head = cast("Head", model.get_output_embeddings())
         parts = [slice(i, i + chunk) for i in range(0, len(targets), chunk)]
         return torch.cat([-F.cross_entropy(head(hidden[p]).float(), targets[p], reduction="none") for p in parts])
 

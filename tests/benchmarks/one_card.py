@@ -435,6 +435,7 @@ def one_round(asked: Row) -> Row:
         teachers=tuple({"name": name, "data": f"{name}.jsonl"} for name in TEACHERS),
         rounds=1,
         branch=settings(asked, tokens).model_copy(update={"steps": steps}),
+        eval={"holdout": 0.25},
         device=asked["device"],
         output="run",
     )
