@@ -12,7 +12,8 @@ from mot_lora.offload import capacity
 
 @dataclass(frozen=True)
 class Card:
-    """A card as its maker describes it, or a CPU: GiB of memory, and TFLOP/s and GB/s where they are known.
+    """A card, or a CPU: GiB of memory as CUDA counts it (less than is written on the box), and what its maker says of its
+    TFLOP/s and GB/s, where they are known.
 
     TFLOP/s are dense products of bf16 numbers summed in fp32; of fp32 ones where the card has no bf16.
     """
@@ -30,21 +31,22 @@ class Card:
 
 
 CARDS = (
-    Card("T4", 14.7, 8.1, 320, bf16=False),
-    Card("RTX 3060", 12, 25.5, 360),
-    Card("RTX 4060 Ti", 16, 44, 288),
-    Card("RTX 4080", 16, 97.5, 717),
-    Card("RTX 5080", 16, 112.6, 960),
-    Card("L4", 22.5, 121, 300),
-    Card("A10", 22.5, 125, 600),
-    Card("RTX 3090", 24, 71, 936),
-    Card("RTX 4090", 24, 165, 1008),
-    Card("RTX 5090", 32, 209, 1792),
-    Card("RTX A6000", 48, 155, 768),
-    Card("A100", 80, 312, 2039),
-    Card("H100", 80, 989, 3350),
-    Card("H200", 141, 989, 4800),
+    Card("T4", 14.6, 8.1, 320, bf16=False),
+    Card("RTX 3060", 11.8, 25.5, 360),
+    Card("RTX 4060 Ti", 15.6, 44, 288),
+    Card("RTX 4080", 15.7, 97.5, 717),
+    Card("RTX 5080", 15.5, 112.6, 960),
+    Card("L4", 22.0, 121, 300),
+    Card("A10", 22.0, 125, 600),
+    Card("RTX 3090", 23.7, 71, 936),
+    Card("RTX 4090", 23.6, 165, 1008),
+    Card("RTX 5090", 31.4, 209, 1792),
+    Card("RTX A6000", 47.5, 155, 768),
+    Card("A100", 79.2, 312, 2039),
+    Card("H100", 79.1, 989, 3350),
+    Card("H200", 139.8, 989, 4800),
 )
+CONTEXT = 600 * 2**20  # bytes that CUDA takes for itself in a process, and libraries for their kernels
 USUAL = "RTX 3090"  # what is planned for where there is no GPU and none is named
 
 
@@ -54,7 +56,7 @@ def find_card(name: str) -> Card:
     Errors: UserError for one that is not in the list.
 
     >>> find_card("rtx4090").gib
-    24
+    23.6
     """
     known = {_plain(card.name): card for card in CARDS}
     if (key := _plain(name)) in known:
@@ -65,13 +67,15 @@ def find_card(name: str) -> Card:
 
 
 def this_card(device: torch.device) -> Card:
-    """The card, or the CPU, that this process computes on, with the memory that it may use."""
+    """The card, or the CPU, that this process computes on, with the memory that it may use and no other process has."""
     if device.type != "cuda":
         return Card("CPU", _host_gib(), bf16=False, is_gpu=False)
     name = torch.cuda.get_device_name(device)
     like = max((c for c in CARDS if _plain(c.name) in _plain(name)), key=lambda c: len(c.name), default=Card("", 0))
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return replace(like, name=name, gib=capacity(device) / 2**30, bf16=native)
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(total - free - torch.cuda.memory_reserved(device) - CONTEXT, 0)
+    return replace(like, name=name, gib=min(capacity(device), total - others) / 2**30, bf16=native)
 
 
 def _plain(name: str) -> str:

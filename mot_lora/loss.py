@@ -70,7 +70,8 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, None, None, *(grad * upstream[0] for grad in ctx.grads)
+        grads, ctx.grads = ctx.grads, ()  # or they would be held until the whole backward pass is done
+        return None, None, None, *(grad.mul_(upstream[0]) for grad in grads)
 
 
 def _same(tensor: Tensor) -> Tensor:

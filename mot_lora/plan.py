@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from mot_lora.base import AHEAD
-from mot_lora.cards import Card
+from mot_lora.cards import CONTEXT, Card
 from mot_lora.config import BranchConfig, Config, LoraConfig
 from mot_lora.errors import UserError
 from mot_lora.footprint import Attention, Step, Weights, cached, step, student, weights
@@ -20,7 +20,6 @@ from mot_lora.offload import kept_bytes, offloads
 from mot_lora.records import DataRecord, Record
 
 EFFICIENCY = 0.5  # of a card's TFLOP/s; what training a quantized 8B student on one was seen to reach by others is more
-CONTEXT = 600 * 2**20  # bytes that CUDA takes for itself, and libraries for their kernels
 PROGRAM = 2**30  # bytes of host memory that Python and torch take
 PROMPT = 256  # tokens of a question, where answers are planned
 STEP = 64  # tokens; the longest trace is told in these
@@ -182,7 +181,7 @@ def _told(section: str, update: dict[str, Any]) -> list[str]:
 
 def refusal(record: PlanRecord, data: DataRecord) -> str:
     """What to say of a run that does not fit: by whose trace, and what to do."""
-    has = f"{record.card} has {size(record.capacity)}"
+    has = f"{record.card} has {size(record.capacity)} for it"
     longest = max(data.teachers, key=lambda t: t.longest_tokens)
     do = f"set {' '.join(record.change)}" if record.change else "take a smaller student, or a larger card"
     enough = f"enough for {record.longest}" if record.longest else f"too little for any of {STEP}"

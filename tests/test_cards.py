@@ -14,7 +14,7 @@ def test_a_card_is_found_however_it_is_written(name: str) -> None:
 
 def test_every_card_is_found_by_its_name() -> None:
     assert [find_card(card.name) for card in CARDS] == list(CARDS)
-    assert find_card(USUAL).gib == 24
+    assert find_card(USUAL).gib < 24  # what CUDA counts of it
 
 
 @pytest.mark.parametrize(("name", "hint"), [("RTX 4091", "did you mean RTX 4090"), ("abacus", "RTX 3060")])

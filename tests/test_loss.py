@@ -1,5 +1,6 @@
 """The chunked loss against a plain cross entropy over all logits, in value and in gradient."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def test_no_logits_are_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         chunked_cross_entropy(hidden, head, targets, 16)
     assert max(kept, default=0) < 16 * VOCABULARY
+
+
+def test_the_gradient_is_let_go_of_before_the_layers_go_backward() -> None:
+    head, given, targets = random_tokens(64)
+    loss = chunked_cross_entropy(given.sin(), head, targets, 16)
+    node: Any = loss.grad_fn
+    gradient = weakref.ref(node.grads[0])
+    assert gradient() is not None
+    seen: list[object] = []
+    given.register_hook(lambda _: seen.append(gradient()))
+    loss.backward()
+    assert seen == [None]
 
 
 def test_the_softmax_is_in_fp32() -> None:

@@ -258,7 +258,7 @@ def test_the_command(call: Callable[..., tuple[int, str, str]], config_file: Pat
     status, out, _ = call("plan", config_file, "--card", "RTX 3060", "--json")
     record = PlanRecord.model_validate_json(out)
     assert status == 0
-    assert (record.card, record.capacity) == ("RTX 3060", 12 * GIB)
+    assert (record.card, record.capacity) == ("RTX 3060", find_card("RTX 3060").bytes)
     status, out, _ = call("plan", config_file, "device=cpu")
     assert status == 0
     assert "fits" in out

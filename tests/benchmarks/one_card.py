@@ -220,7 +220,7 @@ def cap(asked: Row) -> None:
     """Let this process have no more than was asked."""
     import torch
 
-    from mot_lora.plan import CONTEXT
+    from mot_lora.cards import CONTEXT
 
     if not asked["cap_gb"]:
         return
@@ -499,7 +499,7 @@ def run_step(function: Callable[..., Row], **given: Any) -> Row:
     # so that glibc gives back at once what is freed, and what is resident is what is held
     tidy = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     settings = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    settings |= tidy if given["asked"]["device"] == "cpu" else {}
+    settings |= tidy if given["asked"]["device"] == "cpu" else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     if done.returncode == -9:
         return {"failed": f"{OUT_OF_MEMORY}: killed"}
