@@ -12,8 +12,8 @@ from mot_lora.offload import capacity
 
 @dataclass(frozen=True)
 class Card:
-    """A card, or a CPU: GiB of memory as CUDA counts it (less than is written on the box), and what its maker says of its
-    TFLOP/s and GB/s, where they are known.
+    """A card, or a CPU: GiB of memory as CUDA counts it, which is less than is written on the box, and TFLOP/s and GB/s
+    as its maker says, where they are known.
 
     TFLOP/s are dense products of bf16 numbers summed in fp32; of fp32 ones where the card has no bf16.
     """

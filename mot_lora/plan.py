@@ -23,7 +23,6 @@ EFFICIENCY = 0.5  # of a card's TFLOP/s; what training a quantized 8B student on
 PROGRAM = 2**30  # bytes of host memory that Python and torch take
 PROMPT = 256  # tokens of a question, where answers are planned
 STEP = 64  # tokens; the longest trace is told in these
-PROBE = 4096  # tokens of the first of two traces through which the longest is guessed
 SHORTEST = 512  # tokens; it is no use to train on less
 SMALL_CHUNK = 256
 # copies of a layer in fp32 that folding a merge by a method, and measuring it, holds; of others as many as the most
@@ -155,28 +154,45 @@ def changes(config: Config, architecture: str, card: Card, tokens: int) -> tuple
         (b.loss_chunk > SMALL_CHUNK, "branch", {"loss_chunk": SMALL_CHUNK}),
         (e.data is not None and e.batch_size > 1, "eval", {"batch_size": 1}),
     ]
-    said: tuple[str, ...] = ()
-    for _, section, update in (s for s in settings if s[0]):
-        config, said = _with(config, section, update), (*said, *_told(section, update))
-        if Need(config, architecture, card).fits(tokens):
-            return said
-    rank = {"r": SMALL_RANK}
-    if config.lora.r > SMALL_RANK and Need(_with(config, "lora", rank), architecture, card).fits(tokens):
-        return *said, *_told("lora", rank)
-    longest = Need(config, architecture, card).longest()
-    return (*said, f"branch.max_length={longest}") if longest >= SHORTEST else ()
+    wanted = [(section, update) for is_wanted, section, update in settings if is_wanted]
+    rank = ("lora", {"r": SMALL_RANK})
+    for asked in (wanted, [*wanted, rank] if config.lora.r > SMALL_RANK else wanted):
+        if Need(_with(config, asked), architecture, card).fits(tokens):
+            return _told(_fewest(config, asked, architecture, card, tokens))
+    longest = Need(_with(config, wanted), architecture, card).longest()
+    if longest < SHORTEST:
+        return ()
+    return *_told(_fewest(config, wanted, architecture, card, longest)), f"branch.max_length={longest}"
 
 
-def _with(config: Config, section: str, update: dict[str, Any]) -> Config:
-    """A config with other settings in one of its sections, or ("") its own."""
-    return config.model_copy(
-        update={section: getattr(config, section).model_copy(update=update)} if section else update
+Setting = tuple[str, dict[str, Any]]  # a section of the config, or "" for its own settings, and some of them
+
+
+def _fewest(
+    config: Config, settings: Sequence[Setting], architecture: str, card: Card, tokens: int
+) -> Sequence[Setting]:
+    """Those without which so many tokens would not fit; the first are left out first."""
+    for setting in settings:
+        less = [s for s in settings if s is not setting]
+        if Need(_with(config, less), architecture, card).fits(tokens):
+            settings = less
+    return settings
+
+
+def _with(config: Config, settings: Sequence[Setting]) -> Config:
+    for section, update in settings:
+        own = getattr(config, section).model_copy(update=update) if section else None
+        config = config.model_copy(update={section: own} if section else update)
+    return config
+
+
+def _told(settings: Sequence[Setting]) -> tuple[str, ...]:
+    """As the command line takes them."""
+    return tuple(
+        f"{f'{section}.' if section else ''}{key}={str(value).lower()}"
+        for section, update in settings
+        for key, value in update.items()
     )
-
-
-def _told(section: str, update: dict[str, Any]) -> list[str]:
-    """Settings as the command line takes them."""
-    return [f"{f'{section}.' if section else ''}{key}={str(value).lower()}" for key, value in update.items()]
 
 
 def refusal(record: PlanRecord, data: DataRecord) -> str:
@@ -254,24 +270,34 @@ class Need:
         ]
         return [p for p in parts if p.bytes]
 
+    def peak(self, tokens: int) -> int:
+        """The most that is held on the card, in bytes."""
+        return peak_of(self.parts(tokens))
+
     def fits(self, tokens: int) -> bool:
         """Whether traces of so many tokens fit."""
-        return peak_of(self.parts(tokens)) <= self.card.bytes
+        return self.peak(tokens) <= self.card.bytes
 
     def longest(self) -> int:
-        """The longest trace that fits, in 64 tokens, and at most what the student reads; 0 if none does."""
-        limit = self.student.limit
-        one, two = (peak_of(self.parts(n)) for n in (PROBE, 2 * PROBE))  # nearly a line
-        guess = int(PROBE + (self.card.bytes - one) * PROBE / max(two - one, 1))
-        low, high = 0, min(max(guess, STEP), limit)
-        while high < limit and self.fits(high):
-            low, high = high, min(high + high // 16 + STEP, limit)
-        if self.fits(high):
-            return high // STEP * STEP
+        """The longest trace that fits, to 2 %, and at most what the student reads; 0 if none does."""
+        if self.config.branch.offload == "auto" and self.card.is_gpu:  # where it begins, longer traces take less
+            moved = self._offloading("on").longest()
+            return moved if self.offload(moved) else self._offloading("off").longest()
+        low, high, limit = 0, STEP, self.student.limit
+        while self.fits(high):
+            if high == limit:
+                return limit // STEP * STEP
+            low, high = high, min(4 * high, limit)
+        if not low:
+            return 0
         while high - low > max(STEP, low // 50):
-            middle = max(high - high // 16, low) if low == 0 and high > STEP else (low + high) // 2
+            share = (self.card.bytes - self.peak(low)) / (self.peak(high) - self.peak(low))  # nearly a line
+            middle = low + int(min(max(share, 0.1), 0.9) * (high - low))
             low, high = (middle, high) if self.fits(middle) else (low, middle)
         return low // STEP * STEP
+
+    def _offloading(self, how: str) -> "Need":
+        return Need(_with(self.config, [("branch", {"offload": how})]), self.architecture, self.card)
 
     def teacher(self, name: str, lengths: Sequence[int]) -> TeacherPlan:
         """What one teacher's branch has to do in a round."""

@@ -77,7 +77,7 @@ def test_true_shapes_take_what_others_measured() -> None:
 def test_the_longest_trace_fits_and_a_longer_one_does_not() -> None:
     for card in (Card("small", 1.2), Card("larger", 2), Card("no bf16", 2, bf16=False), Card("CPU", 1.5, is_gpu=False)):
         need = Need(
-            config(branch={"loss_chunk": 64}), json.dumps(json.loads(TINY) | {"max_position_embeddings": 2**20}), card
+            config(branch={"loss_chunk": 4096}), json.dumps(json.loads(TINY) | {"max_position_embeddings": 2**20}), card
         )
         longest = need.longest()
         assert longest > 1000
@@ -104,7 +104,6 @@ def test_what_is_changed_fits_and_less_does_not() -> None:
     card = find_card("RTX 4090")
     record = plan(asked, architecture("8b"), card)
     assert not record.fits
-    assert record.change[0] == "quantization=nf4"
 
     def changed(settings: tuple[str, ...]) -> Config:
         tree = asked.model_dump(mode="json")
@@ -118,7 +117,11 @@ def test_what_is_changed_fits_and_less_does_not() -> None:
 
     length = next((int(c.partition("=")[2]) for c in record.change if c.startswith("branch.max_length")), 8192)
     assert Need(changed(record.change), architecture("8b"), card).fits(length)
-    assert not Need(changed(record.change[:1]), architecture("8b"), card).fits(8192)
+    assert len(record.change) >= 2
+    for setting in record.change:  # each is needed
+        if not setting.startswith(("branch.max_length", "branch.gradient_accumulation")):
+            less = tuple(c for c in record.change if c != setting)
+            assert not Need(changed(less), architecture("8b"), card).fits(length), setting
 
 
 def test_a_smaller_rank_comes_before_shorter_traces() -> None:

@@ -620,6 +620,7 @@ def show(report: Row) -> None:
 def draw(report: Row, path: Path) -> None:
     """Peak memory against length, and the plan's."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     whole = report["asked"]["device"] == "cuda"
     key, plan = ("peak_bytes", "plan_bytes") if whole else ("step_bytes", "plan_step_bytes")
@@ -632,7 +633,12 @@ def draw(report: Row, path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="GiB" if whole else "GiB that a step adds")
-    axes.set_title("dotted: the plan", fontsize="small", loc="right")
+    axes.set_xticks(sorted({row["tokens"] for row in report["rows"]}))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.set_title("dotted, under the lines: the plan", fontsize="small", loc="right")
     axes.legend(frameon=False)
     figure.savefig(path)
 
