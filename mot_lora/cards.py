@@ -4,6 +4,7 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from mot_lora.errors import UserError
@@ -67,9 +68,9 @@ def find_card(name: str) -> Card:
 
 
 def this_card(device: torch.device) -> Card:
-    """The card, or the CPU, that this process computes on, with the memory that it may use and no other process has."""
+    """The card, or the CPU, that this process computes on, and its memory; of a GPU's what others have is taken off."""
     if device.type != "cuda":
-        return Card("CPU", _host_gib(), bf16=False, is_gpu=False)
+        return Card("CPU", psutil.virtual_memory().total / 2**30, bf16=False, is_gpu=False)
     name = torch.cuda.get_device_name(device)
     like = max((c for c in CARDS if _plain(c.name) in _plain(name)), key=lambda c: len(c.name), default=Card("", 0))
     native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -82,7 +83,6 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
 
 
-def _host_gib() -> float:
-    import psutil
-
-    return psutil.virtual_memory().total / 2**30
+def host_memory() -> int:
+    """The bytes of host memory that are free, or can be made so."""
+    return psutil.virtual_memory().available

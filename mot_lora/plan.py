@@ -195,17 +195,24 @@ def _told(settings: Sequence[Setting]) -> tuple[str, ...]:
     )
 
 
-def refusal(record: PlanRecord, data: DataRecord) -> str:
-    """What to say of a run that does not fit: by whose trace, and what to do."""
-    has = f"{record.card} has {size(record.capacity)} for it"
+def refusal(record: PlanRecord, data: DataRecord, host: int) -> str:
+    """What to say of a run that does not fit on its card, or beside it into `host` free bytes: by whose trace, and what
+    to do. Empty for one that fits.
+    """
+    needs = sum(p.bytes for p in record.parts if p.place == "host") if record.offload else 0
+    if record.fits and needs <= host:
+        return ""
     longest = max(data.teachers, key=lambda t: t.longest_tokens)
+    trace = f"teacher `{longest.teacher}`: {longest.longest_row} has {longest.longest_tokens} tokens; training"
+    if record.fits:
+        free = f"offloads {size(needs)} to host memory, of which {size(host)} are free"
+        return f"{trace} {free}; set branch.offload=off or a smaller branch.max_length, or go on with --force"
+    has = f"{record.card} has {size(record.capacity)} for it"
     do = f"set {' '.join(record.change)}" if record.change else "take a smaller student, or a larger card"
     enough = f"enough for {record.longest}" if record.longest else f"too little for any of {STEP}"
-    what = (
-        f"teacher `{longest.teacher}`: {longest.longest_row} has {longest.longest_tokens} tokens; training "
-        f"{record.student} on that takes {size(record.peak)}, and {has}, {enough}"
+    return (
+        f"{trace} {record.student} on that takes {size(record.peak)}, and {has}, {enough}; {do}, or go on with --force"
     )
-    return f"{what}; {do}, or go on with --force"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.base import device_of, fold, load_model
 from mot_lora.branch import add_adapter, check_liger, check_targets
-from mot_lora.cards import USUAL, Card, find_card, this_card
+from mot_lora.cards import USUAL, Card, find_card, host_memory, this_card
 from mot_lora.chat import load_tokenizer
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
@@ -165,8 +165,8 @@ def _check_fit(config: Config, checkpoint: Checkpoint, data: Data, card: Card, f
             record = plan(config, architecture, card, lengths, asked)
     except UnplannableError:
         return None  # it is known only when the model runs
-    if not record.fits and not force:
-        raise UserError(refusal(record, data.record))
+    if not force and (why := refusal(record, data.record, host_memory())):
+        raise UserError(why)
     return record
 
 

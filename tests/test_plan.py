@@ -257,6 +257,19 @@ def test_a_trace_that_is_too_long_is_refused_by_name(
     assert (Path(asked.output) / "round-001").exists()
 
 
+def test_what_is_offloaded_must_fit_into_host_memory(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mot_lora.rounds.this_card", lambda _: Card("a large card", 80))
+    monkeypatch.setattr("mot_lora.rounds.host_memory", lambda: 2**20)
+    branch = {"steps": 1, "batch_size": 1024, "max_length": 128, "activation_checkpointing": True, "offload": "on"}
+    with pytest.raises(
+        UserError, match=r"teacher `.`.*tokens.*host memory.* 1 MiB are free.*branch.offload=off.*--force"
+    ):
+        run(make_config(rounds=1, branch=branch))
+    run(make_config(rounds=1, branch={**branch, "offload": "off"}))
+
+
 def test_the_command(call: Callable[..., tuple[int, str, str]], config_file: Path) -> None:
     status, out, _ = call("plan", config_file, "--card", "RTX 3060", "--json")
     record = PlanRecord.model_validate_json(out)
