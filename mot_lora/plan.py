@@ -1,61 +1,17 @@
 """Whether a run fits on a card, and how long it takes: told before any weight is loaded."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from transformers import AutoConfig
-
-from mot_lora.base import AHEAD
-from mot_lora.cards import CONTEXT, Card
-from mot_lora.config import BranchConfig, Config, LoraConfig
-from mot_lora.errors import UserError
-from mot_lora.footprint import Attention, Step, Weights, cached, step, student, weights
+from mot_lora.cards import Card
+from mot_lora.config import Config
 from mot_lora.lines import size
-from mot_lora.offload import kept_bytes, offloads
+from mot_lora.need import STEP, Need, Part, TeacherPlan, peak_of
 from mot_lora.records import DataRecord, Record
 
-EFFICIENCY = 0.5  # of a card's TFLOP/s; what training a quantized 8B student on one was seen to reach by others is more
-PROGRAM = 2**30  # bytes of host memory that Python and torch take
-PROMPT = 256  # tokens of a question, where answers are planned
-STEP = 64  # tokens; the longest trace is told in these
 SHORTEST = 512  # tokens; it is no use to train on less
 SMALL_CHUNK = 256
-# copies of a layer in fp32 that folding a merge by a method, and measuring it, holds; of others as many as the most
-FOLDED = {"linear": 6, "dare_linear": 8, "ties": 11, "dare_ties": 12, "sce": 12, "della": 15}
 SMALL_RANK = 8
-
-
-class UnplannableError(UserError):
-    """A model whose step cannot be run without data."""
-
-
-class Part(Record):
-    """Something that takes memory: where, while what is done, and how many bytes."""
-
-    name: str
-    bytes: int
-    place: Literal["card", "host", "disk"] = "card"
-    phase: Literal["always", "training", "loss", "layers", "folding", "answering"] = "always"
-
-
-class TeacherPlan(Record):
-    """What one teacher's branch has to do in a round; seconds are None where the card's rate is not known.
-
-    Tokens count a trace as often as it is trained on. `traces` is 0 where they could not be read, and each was taken to
-    have `longest` tokens.
-    """
-
-    teacher: str
-    traces: int
-    longest: int
-    steps: int
-    tokens: int
-    seconds: float | None
 
 
 class PlanRecord(Record):
@@ -125,19 +81,6 @@ def plan(
         answering=need.answering(questions),
         change=() if fits or not search else changes(config, architecture, card, tokens),
     )
-
-
-def peak_of(parts: Sequence[Part]) -> int:
-    """The most that is held on the card at once.
-
-    >>> peak_of([Part(name="weights", bytes=5), Part(name="kept", bytes=2, phase="training")])
-    7
-    """
-    during = dict.fromkeys(("always", "training", "loss", "layers", "folding", "answering"), 0)
-    for part in parts:
-        during[part.phase] += part.bytes if part.place == "card" else 0
-    training = during["training"] + max(during["loss"], during["layers"])
-    return during["always"] + max(training, during["folding"], during["answering"])
 
 
 def changes(config: Config, architecture: str, card: Card, tokens: int) -> tuple[str, ...]:
@@ -213,194 +156,3 @@ def refusal(record: PlanRecord, data: DataRecord, host: int) -> str:
     return (
         f"{trace} {record.student} on that takes {size(record.peak)}, and {has}, {enough}; {do}, or go on with --force"
     )
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a config needs of a card, for traces of any length."""
-
-    config: Config
-    architecture: str
-    card: Card
-
-    @property
-    def student(self) -> "Student":
-        c, card = self.config, self.card
-        attention: Attention = "cpu" if not card.is_gpu else "cuda" if card.bf16 else "math"
-        return Student(self.architecture, c.quantization, c.lora, card.bf16, attention)
-
-    def offload(self, tokens: int) -> bool:
-        """Whether layers' inputs are moved to host memory."""
-        batch = self.config.branch.batch_size * tokens
-        return offloads(self.config.branch, self.student.kept(batch), self.card.bytes if self.card.is_gpu else 0)
-
-    def step(self, tokens: int) -> Step:
-        """One batch whose traces all have so many tokens."""
-        b = self.config.branch
-        return self.student.step(b.batch_size, tokens, b.loss_chunk, b.activation_checkpointing, self.offload(tokens))
-
-    def parts(self, tokens: int) -> list[Part]:
-        """What takes memory, where the longest trace has so many tokens."""
-        c, w, s = self.config, self.student.weights(), self.step(tokens)
-        adapters = c.rounds * len(c.teachers) * w.adapter
-        copies = FOLDED.get(c.merge.method, max(FOLDED.values()))
-        parts = [
-            Part(
-                name="linear layers" if c.quantization == "none" else f"linear layers, {c.quantization}", bytes=w.layers
-            ),
-            Part(name="embeddings, head, norms", bytes=w.others),
-            Part(name="adapter", bytes=w.adapter),
-            Part(name="its gradients", bytes=w.adapter, phase="training"),
-            Part(name="Adam's state", bytes=2 * w.adapter, phase="training"),
-            Part(name="kept for the backward pass", bytes=s.kept, phase="training"),
-            Part(name=f"loss, {c.branch.loss_chunk} tokens at a time", bytes=s.loss, phase="loss"),
-            Part(
-                name="one layer, computed again" if c.branch.activation_checkpointing else "one layer, backward",
-                bytes=s.layer,
-                phase="layers",
-            ),
-            Part(name="fold of one layer", bytes=4 * copies * w.largest, phase="folding"),
-        ]
-        if c.eval.data:
-            asked = c.eval.batch_size * c.eval.samples
-            keys = self.student.cached(asked, PROMPT + c.eval.max_new_tokens)
-            parts.append(Part(name=f"keys and values of {asked} answers", bytes=keys, phase="answering"))
-        parts += [
-            Part(name="CUDA and its libraries", bytes=CONTEXT)
-            if self.card.is_gpu
-            else Part(name="Python and torch", bytes=PROGRAM),
-            Part(name="inputs of layers, offloaded", bytes=s.host, place="host"),
-            Part(name="weights read ahead", bytes=(AHEAD + 1) * 2 * w.largest, place="host"),
-            Part(name="the student's checkpoint, in bf16", bytes=2 * w.parameters, place="disk"),
-            Part(name="adapters of all rounds", bytes=adapters, place="disk"),
-            Part(name="states to go on from", bytes=2 * 3 * w.adapter, place="disk"),
-        ]
-        return [p for p in parts if p.bytes]
-
-    def peak(self, tokens: int) -> int:
-        """The most that is held on the card, in bytes."""
-        return peak_of(self.parts(tokens))
-
-    def fits(self, tokens: int) -> bool:
-        """Whether traces of so many tokens fit."""
-        return self.peak(tokens) <= self.card.bytes
-
-    def longest(self) -> int:
-        """The longest trace that fits, to 2 %, and at most what the student reads; 0 if none does."""
-        if self.config.branch.offload == "auto" and self.card.is_gpu:  # where it begins, longer traces take less
-            moved = self._offloading("on").longest()
-            return moved if self.offload(moved) else self._offloading("off").longest()
-        low, high, limit = 0, STEP, self.student.limit
-        while self.fits(high):
-            if high == limit:
-                return limit // STEP * STEP
-            low, high = high, min(4 * high, limit)
-        if not low:
-            return 0
-        while high - low > max(STEP, low // 50):
-            share = (self.card.bytes - self.peak(low)) / (self.peak(high) - self.peak(low))  # nearly a line
-            middle = low + int(min(max(share, 0.1), 0.9) * (high - low))
-            low, high = (middle, high) if self.fits(middle) else (low, middle)
-        return low // STEP * STEP
-
-    def _offloading(self, how: str) -> "Need":
-        return Need(_with(self.config, [("branch", {"offload": how})]), self.architecture, self.card)
-
-    def teacher(self, name: str, lengths: Sequence[int]) -> TeacherPlan:
-        """What one teacher's branch has to do in a round."""
-        b = self.config.branch
-        batch = b.batch_size * b.gradient_accumulation
-        longest = max(lengths, default=b.max_length)
-        steps = b.steps or math.ceil((b.epochs or 1) * math.ceil(len(lengths) / batch))
-        seen = lengths or [longest]
-        times = steps * batch / len(seen)
-        tokens = round(times * sum(seen))
-        flops = times * sum(self.flops(longest, n) for n in seen)
-        rate = self.card.tflops
-        return TeacherPlan(
-            teacher=name,
-            traces=len(lengths),
-            longest=longest,
-            steps=steps,
-            tokens=tokens,
-            seconds=flops / (rate * 1e12 * EFFICIENCY) if rate else None,
-        )
-
-    def answering(self, questions: int) -> float | None:
-        """Seconds that the run's answers take at least: for each token of a batch, every weight is read once."""
-        e, rate, w = self.config.eval, self.card.gbps, self.student.weights()
-        if rate is None or not questions:
-            return None
-        times = 1 + self.config.rounds * (1 + len(self.config.teachers) * e.branches)
-        return times * math.ceil(questions / e.batch_size) * e.max_new_tokens * (w.layers + w.others) / (rate * 1e9)
-
-    def flops(self, longest: int, tokens: int) -> float:
-        """The operations of training on one trace: a n + b n^2, through two lengths that were counted."""
-        n = max(longest, 4)
-        whole, half = (self.step(k).flops / self.config.branch.batch_size for k in (n, n // 2))
-        square = (whole - 2 * half) * 2 / n**2
-        return (whole / n - square * n) * tokens + square * tokens**2
-
-
-@dataclass(frozen=True)
-class Student:
-    """A student that is asked about: everything that the shapes of its tensors depend on. Answers are kept."""
-
-    architecture: str
-    quantization: str
-    lora: LoraConfig
-    bf16: bool
-    attention: Attention
-
-    @property
-    def config(self) -> Any:
-        return _config(self.architecture)
-
-    @property
-    def limit(self) -> int:
-        """The most tokens that it reads."""
-        return getattr(self.config, "max_position_embeddings", None) or 2**20
-
-    def kept(self, tokens: int) -> int:
-        """The inputs of all its layers, for so many tokens."""
-        c = self.config
-        return kept_bytes(c.num_hidden_layers, tokens, c.hidden_size, 2 if self.bf16 else 4)
-
-    def weights(self) -> Weights:
-        return weights(_model(self), self.quantization)
-
-    def step(self, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool) -> Step:
-        return _step(self, batch, tokens, chunk, checkpointing, offload)
-
-    def cached(self, batch: int, tokens: int) -> int:
-        """Keys and values: a line through nothing."""
-        return _cached(self) * batch * tokens
-
-
-@lru_cache(maxsize=16)
-def _config(architecture: str) -> Any:
-    said: dict[str, Any] = json.loads(architecture)
-    try:
-        return AutoConfig.for_model(**said).get_text_config()
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UnplannableError(f"transformers does not know `{said.get('model_type')}` ({e})") from e
-
-
-@lru_cache(maxsize=4)
-def _model(s: Student) -> Any:
-    return student(s.config, s.quantization, s.lora, torch.bfloat16 if s.bf16 else torch.float32, s.attention)
-
-
-@lru_cache(maxsize=256)
-def _step(s: Student, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool) -> Step:
-    settings = BranchConfig(loss_chunk=chunk, activation_checkpointing=checkpointing)
-    try:
-        return step(_model(s), batch, tokens, settings, offload)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as e:
-        kind = s.config.model_type
-        raise UnplannableError(f"a `{kind}` cannot be run without data ({' '.join(str(e).split())[:120]})") from e
-
-
-@lru_cache(maxsize=16)
-def _cached(s: Student) -> int:
-    return cached(_model(s), 1, PROMPT) // PROMPT

@@ -24,7 +24,8 @@ from mot_lora.errors import UserError
 from mot_lora.ledger import read_ledger, read_page, read_run
 from mot_lora.loop import Evaluate, Loop, Train
 from mot_lora.merged import resolve
-from mot_lora.plan import PlanRecord, UnplannableError, plan, refusal
+from mot_lora.need import UnplannableError
+from mot_lora.plan import PlanRecord, plan, refusal
 from mot_lora.progress import Progress, silent
 from mot_lora.records import DataRecord, RunRecord
 from mot_lora.report import report

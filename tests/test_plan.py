@@ -20,7 +20,8 @@ from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Factors
 from mot_lora.merge import NEEDS_DENSITY
 from mot_lora.merged import Merged, combine
-from mot_lora.plan import FOLDED, Need, Part, PlanRecord, UnplannableError, changes, peak_of, plan
+from mot_lora.need import FOLDED, Need, Part, UnplannableError, peak_of
+from mot_lora.plan import PlanRecord, changes, plan
 from mot_lora.rounds import preview, run
 
 GIB = 2**30

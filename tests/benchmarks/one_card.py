@@ -274,7 +274,7 @@ def planned(asked: Row, tokens: int, chunked: bool = True, checkpointing: bool =
 
     from mot_lora.cards import this_card
     from mot_lora.config import Config
-    from mot_lora.plan import Need, peak_of
+    from mot_lora.need import Need, peak_of
 
     card = this_card(device(asked))
     if asked["cap_gb"]:
