@@ -156,24 +156,20 @@ class Need:
             low, high = (middle, high) if self.fits(middle) else (low, middle)
         return low // STEP * STEP
 
-    def teacher(self, name: str, lengths: Sequence[int]) -> TeacherPlan:
-        """What one teacher's branch has to do in a round."""
+    def teacher(self, name: str, lengths: Sequence[int], most: int) -> TeacherPlan:
+        """What one teacher's branch has to do in a round, where the longest trace of all has `most` tokens."""
         b = self.config.branch
         batch = b.batch_size * b.gradient_accumulation
-        longest = max(lengths, default=b.max_length)
         steps = b.steps or math.ceil((b.epochs or 1) * math.ceil(len(lengths) / batch))
-        seen = lengths or [longest]
+        seen = lengths or [b.max_length]
         times = steps * batch / len(seen)
-        tokens = round(times * sum(seen))
-        flops = times * sum(self.flops(longest, n) for n in seen)
-        rate = self.card.tflops
         return TeacherPlan(
             teacher=name,
             traces=len(lengths),
-            longest=longest,
+            longest=max(seen),
             steps=steps,
-            tokens=tokens,
-            seconds=flops / (rate * 1e12 * EFFICIENCY) if rate else None,
+            tokens=round(times * sum(seen)),
+            seconds=self.seconds(seen, most, times),
         )
 
     def answering(self, questions: int) -> float | None:
@@ -184,12 +180,15 @@ class Need:
         times = 1 + self.config.rounds * (1 + len(self.config.teachers) * e.branches)
         return times * math.ceil(questions / e.batch_size) * e.max_new_tokens * (w.layers + w.others) / (rate * 1e9)
 
-    def flops(self, longest: int, tokens: int) -> float:
-        """The operations of training on one trace: a n + b n^2, through two lengths that were counted."""
-        n = max(longest, 4)
-        whole, half = (self.step(k).flops / self.config.branch.batch_size for k in (n, n // 2))
-        square = (whole - 2 * half) * 2 / n**2
-        return (whole / n - square * n) * tokens + square * tokens**2
+    def seconds(self, lengths: Sequence[int], most: int, times: float) -> float | None:
+        """What training so often on each trace takes: a n + b n^2 operations, as counted at two lengths."""
+        if self.card.tflops is None:
+            return None
+        n = max(most // 2, 2)
+        half, whole = (self.step(k).flops / self.config.branch.batch_size for k in (n, 2 * n))
+        square = (whole - 2 * half) / (2 * n**2)
+        flops = times * sum((half / n - square * n) * k + square * k**2 for k in lengths)
+        return flops / (self.card.tflops * 1e12 * EFFICIENCY)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def plan(
     parts = need.parts(tokens)
     peak = peak_of(parts)
     fits = peak <= card.bytes
-    teachers = tuple(need.teacher(t.name, known.get(t.name, ())) for t in config.teachers)
+    teachers = tuple(need.teacher(t.name, known.get(t.name, ()), tokens) for t in config.teachers)
     seconds = [t.seconds for t in teachers if t.seconds is not None]
     return PlanRecord(
         student=config.student,
