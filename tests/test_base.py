@@ -430,6 +430,7 @@ def test_a_fold_holds_one_module_at_a_time(qwen3: Path) -> None:
     assert 3 * largest(qwen3) <= most <= (3 + AHEAD / 2) * largest(qwen3)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rounds_and_teachers(qwen3: Path, make_adapter: MakeAdapter) -> None:
     checkpoint, model = peft_student(qwen3)
     targets = ["up_proj", "down_proj"]

@@ -125,6 +125,7 @@ def test_what_is_changed_fits_and_less_does_not() -> None:
             assert not Need(changed(less), architecture("8b"), card).fits(length), setting
 
 
+@pytest.mark.slow
 def test_a_smaller_rank_comes_before_shorter_traces() -> None:
     def asked(r: int) -> Config:
         return config(lora={"r": r, "alpha": 64}, branch={"loss_chunk": 64})
