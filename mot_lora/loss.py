@@ -61,7 +61,7 @@ class _Summed(torch.autograd.Function):
             h = hidden[here].detach().requires_grad_()
             with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # used at once: nobody need move it
                 loss = _loss(head, h, targets[here])
-            by_hidden, *by_own = torch.autograd.grad(loss, [h, *own])
+            by_hidden, *by_own = torch.autograd.grad(loss, [h, *own], materialize_grads=True)  # 0 for what is not used
             ctx.grads[0][here] = by_hidden
             for total_grad, grad in zip(ctx.grads[1:], by_own, strict=True):
                 total_grad += grad

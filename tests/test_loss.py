@@ -88,6 +88,14 @@ def test_the_gradient_is_let_go_of_before_the_layers_go_backward() -> None:
     assert seen == [None]
 
 
+def test_what_the_head_has_and_does_not_use_gets_no_gradient() -> None:
+    head, hidden, targets = random_tokens(5)
+    head.idle = torch.nn.Parameter(torch.ones(3))
+    chunked_cross_entropy(hidden, head, targets, 2).backward()
+    assert head.weight.grad is not None
+    assert head.idle.grad is None or not head.idle.grad.any()
+
+
 def test_the_softmax_is_in_fp32() -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(16, WIDTH).bfloat16() * 4, torch.nn.Linear(WIDTH, VOCABULARY).bfloat16()
