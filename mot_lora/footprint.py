@@ -19,6 +19,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.library import custom_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
@@ -346,7 +347,7 @@ def _offload(moved: list[Moved], dtype: torch.dtype) -> Generator[None]:
 PLANNED = "planned"
 
 
-@torch.library.custom_op("mot_lora::attention", mutates_args=())
+@custom_op("mot_lora::attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError  # it has shapes alone
 
@@ -356,7 +357,7 @@ def _(q: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("mot_lora::attention_backward", mutates_args=())
+@custom_op("mot_lora::attention_backward", mutates_args=())
 def _attend_backward(q: Tensor, k: Tensor, v: Tensor, expanded: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     raise NotImplementedError
 
