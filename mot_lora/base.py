@@ -28,12 +28,19 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast f
 
 
 def device_of(config: Config) -> torch.device:
-    """The device that a config asks for. Errors: UserError for a GPU where there is none."""
+    """The device that a config asks for, a GPU with its index. Errors: UserError for a GPU where there is none."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device `cuda` was asked for, but torch finds no CUDA GPU; use device=cpu or device=auto")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What a student computes in: bf16, on GPUs before Ampere fp16, and fp32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_model(
