@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from mot_lora.chat import collate, prompt_text
 from mot_lora.config import EvalConfig
 from mot_lora.errors import UserError, is_out_of_memory
-from mot_lora.loss import batch_loss
+from mot_lora.loss import batch_loss, computing
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.scoring import is_right, mean_score
@@ -139,7 +139,7 @@ def generate(
         **sampled,
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), computing(model.get_base_model()):
         torch.manual_seed(seed)
         if order:
             progress("answer", 0, len(order))

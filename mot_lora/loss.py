@@ -87,7 +87,7 @@ def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Ten
 
     >>> loss, n = batch_loss(model, collate(examples, pad_id), chunk=1024)  # doctest: +SKIP
     """
-    with _computing(model):
+    with computing(model):
         hidden, targets = _states(model, batch)
         return chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, chunk), len(targets)
 
@@ -99,7 +99,7 @@ def token_log_probs(model: Any, batch: Mapping[str, Tensor], chunk: int) -> Tens
 
     >>> token_log_probs(model, collate(examples, pad_id), chunk=1024).exp().mean()  # doctest: +SKIP
     """
-    with torch.no_grad(), _computing(model):
+    with torch.no_grad(), computing(model):
         hidden, targets = _states(model, batch)
         head = cast("Head", model.get_output_embeddings())
         parts = [slice(i, i + chunk) for i in range(0, len(targets), chunk)]
@@ -117,7 +117,8 @@ def inputs_as_they_are(model: Any) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _computing(model: Any) -> Generator[None]:
+def computing(model: Any) -> Generator[None]:
+    """What a model computes in: training, losses and answers alike. Its base may be in bf16, its adapter is in fp32."""
     device = cast("torch.device", model.device)
     in_bf16 = model.dtype == torch.bfloat16
     with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), inputs_as_they_are(model):

@@ -127,6 +127,28 @@ def test_low_temperature_samples_answer_their_own_question(
     assert texts == [[f"<think>\nit is\n</think>\n\n{a}"] * 3 for _, a in LEARNED]
 
 
+def test_answers_are_computed_as_the_loss_is(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    # on a GPU the base is in bf16 and the adapter in fp32, which would pull all that follows it into fp32
+    base = model.get_base_model()
+    for module in base.modules():
+        if isinstance(module, torch.nn.Embedding) or type(module).__name__.endswith("RMSNorm"):
+            module.to(torch.bfloat16)
+    base.config.dtype = torch.bfloat16
+    assert model.dtype == base.dtype == torch.bfloat16
+    layer = base.model.layers[1].mlp.down_proj
+    seen: dict[str, set[torch.dtype]] = {"answers": set(), "loss": set()}
+    with torch.no_grad():
+        for what, dtypes in seen.items():
+            hook = layer.lora_B["default"].register_forward_hook(lambda _m, _x, y, to=dtypes: to.add(y.dtype))
+            if what == "loss":
+                trace = encode(tokenizer, Trace(({"role": "user", "content": "7 + 1 = ?"},), "8"))
+                held_out_losses(model, tokenizer, {"a": [trace]}, EvalConfig())
+            else:
+                generate(model, tokenizer, QUESTIONS, EvalConfig(max_new_tokens=4), seed=0)
+            hook.remove()
+    assert seen == {"answers": {torch.bfloat16}, "loss": {torch.bfloat16}}
+
+
 def chatty_copy(qwen3: Path, path: Path, **settings: Any) -> Path:
     """A copy of the student with its own generation_config.json."""
     shutil.copytree(qwen3, path)
