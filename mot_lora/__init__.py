@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mot_lora.consensus import consensus
     from mot_lora.display import live
     from mot_lora.errors import UserError
-    from mot_lora.export import export
+    from mot_lora.export import export, export_adapter
     from mot_lora.fold import fold_checkpoint
     from mot_lora.harness import HarnessRecord, evaluate_run
     from mot_lora.inspection import inspect_adapters
@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from mot_lora.merged import Merged
     from mot_lora.pack import save_adapter
     from mot_lora.reader import load_config
-    from mot_lora.records import EvaluationRecord, InspectRecord, RunRecord, SaveRecord, TrainRecord, VerifyRecord
+    from mot_lora.records import (
+        EvaluationRecord,
+        ExportRecord,
+        InspectRecord,
+        RunRecord,
+        SaveRecord,
+        TrainRecord,
+        VerifyRecord,
+    )
     from mot_lora.rounds import run, stages
     from mot_lora.sources import merge_adapters
     from mot_lora.tables import table
@@ -42,7 +50,7 @@ _ROOMS = {
     "display": ("live",),
     "reader": ("load_config",),
     "errors": ("UserError",),
-    "export": ("export",),
+    "export": ("export", "export_adapter"),
     "fold": ("fold_checkpoint",),
     "harness": ("HarnessRecord", "evaluate_run"),
     "inspection": ("inspect_adapters",),
@@ -51,7 +59,15 @@ _ROOMS = {
     "merge": ("METHODS", "dare_linear", "dare_ties", "della", "linear", "sce", "ties"),
     "merged": ("Merged",),
     "pack": ("save_adapter",),
-    "records": ("EvaluationRecord", "InspectRecord", "RunRecord", "SaveRecord", "TrainRecord", "VerifyRecord"),
+    "records": (
+        "EvaluationRecord",
+        "ExportRecord",
+        "InspectRecord",
+        "RunRecord",
+        "SaveRecord",
+        "TrainRecord",
+        "VerifyRecord",
+    ),
     "rounds": ("run", "stages"),
     "sources": ("merge_adapters",),
     "tables": ("table",),
@@ -67,6 +83,7 @@ __all__ = [
     "Config",
     "Dense",
     "EvaluationRecord",
+    "ExportRecord",
     "Factors",
     "HarnessRecord",
     "InspectRecord",
@@ -85,6 +102,7 @@ __all__ = [
     "della",
     "evaluate_run",
     "export",
+    "export_adapter",
     "fold_checkpoint",
     "inspect_adapters",
     "linear",

@@ -40,7 +40,9 @@ def merge(
     Example: mot-lora merge a b c --method ties --density 0.5 --rank 32 --out merged
     """
     settings = _merge_settings(spec, method, weights, density, scale, space)
-    _check_new(out)
+    from mot_lora.durable import check_new
+
+    check_new(out)
     from mot_lora.display import live, screen
     from mot_lora.pack import save_adapter
     from mot_lora.sources import merge_adapters
@@ -81,30 +83,36 @@ def fold(
     Example: mot-lora fold Qwen/Qwen3-0.6B a b c --out model --verify
     """
     settings = _merge_settings(spec, method, weights, density, scale, space)
-    _check_new(out)
+    from mot_lora.durable import check_new
+
+    check_new(out)
     import torch
 
     from mot_lora.checkpoint import Checkpoint
     from mot_lora.display import live, screen
-    from mot_lora.fold import fold_checkpoint
+    from mot_lora.fold import fold_placement
+    from mot_lora.placement import Placement
     from mot_lora.sources import merge_adapters
-    from mot_lora.tables import verify_table
-    from mot_lora.verify import verify_checkpoint
+    from mot_lora.tables import kept_lines, verify_table
+    from mot_lora.verify import verify_placement
 
     console = screen(as_json)
     checkpoint = Checkpoint.open(base)
     merged = merge_adapters(adapters, **settings, seed=seed, base=checkpoint)
-    to = getattr(torch, dtype) if dtype else None
+    placement = Placement.of(checkpoint, merged, getattr(torch, dtype) if dtype else None)
     with live(console) as progress:
-        fold_checkpoint(checkpoint, merged, out, to, progress=progress)
-        record = verify_checkpoint(checkpoint, merged, out, to, progress) if verify else None
+        kept = fold_placement(placement, out, progress=progress)
+        record = verify_placement(placement, out, progress) if verify else None
     if as_json:
         verified = record.model_dump(mode="json") if record else None
-        print_json({"out": str(out), "modules": len(merged.shapes), "verified": verified})
+        print_json({
+            "out": str(out), "modules": len(merged.shapes), **kept.model_dump(mode="json"), "verified": verified
+        })  # fmt: skip
         return
     if record:
         console.print(verify_table(record))
-    console.print(f"{len(merged.shapes)} modules of {base} updated: {out}", soft_wrap=True, highlight=False)
+    for line in (f"{len(merged.shapes)} modules of {base} updated: {out}", *kept_lines(kept, "`mot-lora merge`")):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def inspect(
@@ -155,8 +163,3 @@ def _merge_settings(
         raise UserError(f"--weights {weights}: give one number an adapter, e.g. 2,1,1") from e
     said = load_merge(spec, method=method, weights=numbers, density=density, scale=scale, space=space)
     return said.model_dump()
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; choose another --out, nothing is overwritten")

@@ -176,7 +176,7 @@ def run(
         from mot_lora.display import live, screen
         from mot_lora.rounds import run as run_rounds
         from mot_lora.rounds import stages
-        from mot_lora.tables import data_tables, plan_tables, table
+        from mot_lora.tables import data_tables, faded_line, plan_tables, table
 
         console = screen(as_json, quiet)
         with live(console, stages(settings), quiet) as progress:
@@ -193,6 +193,8 @@ def run(
         console.print(table(record))
         best = f"round {record.best}" if record.best else "none"
         console.print(f"{record.stopped}; best by {record.metric}: {best}")
+        if settings.quantization == "none" and (line := faded_line(record)):
+            console.print(line, soft_wrap=True, highlight=False)
     console.print(f"run folder: {settings.output} (report.html is its picture)", soft_wrap=True, highlight=False)
 
 
@@ -266,25 +268,48 @@ def export(
     run_folder: RunFolder,
     out: Annotated[Path, typer.Option(help="the folder to write; it must not exist")],
     round: Annotated[int | None, typer.Option(help="the round to export; the best one unless given")] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="what weights are rounded to")] = "bfloat16",
+    form: Annotated[
+        Literal["checkpoint", "lora"],
+        typer.Option("--as", help="a model of its own, or all rounds as one PEFT adapter of the base, in float32"),
+    ] = "checkpoint",
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="what a checkpoint's weights are rounded to; bfloat16 unless given"),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="of --as lora; what is exact unless given, for a linear merge")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a round's student as a full checkpoint that transformers loads as it is.
+    """Write a round's student as a full checkpoint that transformers loads, or as an adapter that PEFT loads.
+
+    Says how much of the update survived: in 16 bits a small one rounds away.
 
     Example: mot-lora export runs/quickstart --out student
     """
+    if form == "checkpoint" and rank is not None:
+        raise UserError(f"--rank {rank}: a checkpoint has none; add --as lora, or leave --rank out")
+    if form == "lora" and dtype == "bfloat16":
+        raise UserError("--dtype bfloat16: an adapter is written in float32; leave --dtype out, or --as lora")
     import torch
 
     from mot_lora.display import live, screen
-    from mot_lora.export import export as export_round
+    from mot_lora.export import export as export_checkpoint
+    from mot_lora.export import export_adapter
+    from mot_lora.tables import export_lines
 
     console = screen(as_json)
     with live(console) as progress:
-        number = export_round(run_folder, out, round=round, dtype=getattr(torch, dtype), progress=progress)
+        if form == "lora":
+            record = export_adapter(run_folder, out, round=round, rank=rank, progress=progress)
+        else:
+            to = getattr(torch, dtype or "bfloat16")
+            record = export_checkpoint(run_folder, out, round=round, dtype=to, progress=progress)
     if as_json:
-        print_json({"out": str(out), "round": number, "dtype": dtype})
-    else:
-        console.print(f"round {number} in {dtype}: {out}", soft_wrap=True)
+        print_json({"out": str(out), **record.model_dump(mode="json")})
+        return
+    for line in export_lines(record, out):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 @app.command("eval", rich_help_panel=LOOP)

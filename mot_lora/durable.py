@@ -46,6 +46,12 @@ def check_files(folder: Path, files: Mapping[str, str]) -> None:
             raise DamagedError(folder / name, e.strerror or str(e)) from e
 
 
+def check_new(out: Path) -> None:
+    """Errors: UserError for a folder to write that is there already, unless it is empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists; choose another --out, nothing is overwritten")
+
+
 @contextmanager
 def staged(path: Path) -> Generator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and goes away when it does not."""

@@ -1,4 +1,4 @@
-"""A round's student as a full checkpoint with its model card."""
+"""A round's student as a full checkpoint, or as one adapter of its base, with its model card."""
 
 from dataclasses import dataclass
 from importlib import metadata
@@ -8,11 +8,16 @@ import torch
 
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config, PerModule
+from mot_lora.durable import check_new, staged
 from mot_lora.errors import UserError
-from mot_lora.fold import fold_checkpoint
+from mot_lora.fold import fold_placement
 from mot_lora.ledger import read_ledger, read_run
+from mot_lora.lowrank import Adapter, Dense
+from mot_lora.merged import method_name, total
+from mot_lora.pack import pack, write_packed
+from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
-from mot_lora.records import RunRecord
+from mot_lora.records import ExportRecord, KeptRecord, RunRecord
 from mot_lora.rundir import RunDir
 
 
@@ -21,25 +26,66 @@ def export(
     out: str | Path,
     *,
     round: int | None = None,
-    dtype: torch.dtype | None = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
-) -> int:
-    """Write the student after a round (the best one unless given) as a full checkpoint, and return the round's number.
+) -> ExportRecord:
+    """Write the student after a round (the best one unless given) as a full checkpoint; say what is left of its update.
 
-    W_0 + the ledger, in fp64, rounded once to `dtype`; with tokenizer and model card.
+    W_0 + the ledger, rounded once to `dtype`; with tokenizer and model card. Of an update with |D|/|W| below .003 a
+    part rounds away in 16 bits: half of it at .001. fp32 keeps it, and so does `export_adapter`.
 
     Errors: UserError when the round is not finished, no round beats the student before, or the base has changed since.
+
+    >>> export("runs/quickstart", "student").survived  # doctest: +SKIP
+    0.9981
     """
     chosen = choose(path, round)
-    fold_checkpoint(
-        chosen.checkpoint,
-        read_ledger(chosen.rundir, chosen.round),
-        out,
-        dtype,
-        card=model_card(chosen.config, chosen.record, chosen.round),
+    name = str(dtype).removeprefix("torch.")
+    kept = fold_placement(
+        Placement.of(chosen.checkpoint, read_ledger(chosen.rundir, chosen.round), dtype),
+        Path(out),
+        lambda kept: model_card(chosen, f"In {name} {kept.text}."),
         progress=progress,
     )
-    return chosen.round
+    return ExportRecord(round=chosen.round, form="checkpoint", dtype=name, **kept.model_dump())
+
+
+def export_adapter(
+    path: str | Path,
+    out: str | Path,
+    *,
+    round: int | None = None,
+    rank: int | None = None,
+    progress: Progress = silent,
+) -> ExportRecord:
+    """Write what a run's rounds (to the best one unless given) add to its base, as one PEFT adapter of that base.
+
+    In fp32 with scaling 1. Exact for linear merges without a `rank`: each module then has the sum of all branches'
+    ranks. Else the best copy of that rank, which keeps |D_r|^2 / |D|^2 of it.
+
+    Errors: UserError as in `export`, and for merges that are not low-rank (TIES, DARE, ...) without a rank.
+
+    >>> export_adapter("runs/quickstart", "adapter", rank=64).survived  # doctest: +SKIP
+    0.9996
+    """
+    chosen, out = choose(path, round), Path(out)
+    check_new(out)
+    ledger = read_ledger(chosen.rundir, chosen.round)
+    updates = {module: total(ledger, module) for module in dict.fromkeys(m for merged in ledger for m in merged.shapes)}
+    if rank is None and any(isinstance(u, Dense) for u in updates.values()):
+        method, all_ranks = method_name(ledger[0].method), chosen.config.lora.r * sum(len(m.adapters) for m in ledger)
+        raise UserError(
+            f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, all branches'"
+        )
+    packed = pack(Adapter(out.name, updates, chosen.config.student), rank, progress)
+    saved = packed.record
+    worst = max(saved.modules, key=lambda module: saved.modules[module])
+    kept = KeptRecord(survived=1 - saved.lost**2, worst=(worst, 1 - saved.modules[worst] ** 2))
+    with staged(out) as folder:
+        write_packed(packed, folder)
+        card = model_card(chosen, f"As this adapter of the base, of rank {saved.rank}, {kept.text}.", "peft")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return ExportRecord(round=chosen.round, form="lora", dtype="float32", rank=saved.rank, **kept.model_dump())
 
 
 @dataclass(frozen=True)
@@ -72,8 +118,9 @@ def choose(path: str | Path, round: int | None = None) -> Chosen:
     return Chosen(rundir, config, record, number, checkpoint)
 
 
-def model_card(config: Config, record: RunRecord, number: int) -> str:
-    """The README of an exported student: base, teachers, merge, results."""
+def model_card(chosen: Chosen, kept: str, library: str = "transformers") -> str:
+    """The README of an exported student: base, teachers, merge, what was kept of it, results."""
+    config, record, number = chosen.config, chosen.record, chosen.round
     merge = record.rounds[number - 1]
     teachers = "\n".join(f"- {t} (weight {_text(w)})" for t, w in zip(merge.teachers, merge.weights, strict=True))
     density = "" if merge.density is None else f", density {_text(merge.density)}"
@@ -83,14 +130,14 @@ def model_card(config: Config, record: RunRecord, number: int) -> str:
     table = "\n".join(f"| {name} | {e.accuracy_text} | {e.loss_text} |" for name, e in rows)
     return f"""---
 base_model: {Path(config.student).name if Path(config.student).exists() else config.student}
-library_name: transformers
+library_name: {library}
 tags: [merge-of-thought, mot-lora]
 ---
 # {Path(config.student).name} after {number} rounds of Merge-of-Thought distillation
 
 Made with mot-lora {metadata.version("mot-lora")} (arXiv 2509.08814): in each round one LoRA adapter a teacher was
 trained on a base in {config.quantization}, the adapters were merged ({how})
-and folded into the base.
+and folded into the base. {kept}
 
 Teachers:
 {teachers}

@@ -4,19 +4,24 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mot_lora.agreement import layer_of
 from mot_lora.checkpoint import COMPANIONS, INDEX_FILE, Checkpoint
+from mot_lora.durable import check_new
 from mot_lora.errors import UserError, writing
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
+from mot_lora.records import KeptRecord
 from mot_lora.tensorfile import TensorFile, write_tensors
 from mot_lora.verify import verify_placement
+
+BLOCK = 1 << 18  # entries that are summed, rounded and measured while they are in the cache
 
 
 def fold_checkpoint(
@@ -24,7 +29,6 @@ def fold_checkpoint(
     merged: Merged | Sequence[Merged],
     out: str | Path,
     dtype: torch.dtype | None = None,
-    card: str | None = None,
     verify: bool = False,
     progress: Progress = silent,
 ) -> Path:
@@ -39,18 +43,30 @@ def fold_checkpoint(
 
     >>> fold_checkpoint("Qwen/Qwen3-0.6B", merge_adapters(["a", "b"]), "merged")  # doctest: +SKIP
     """
-    placement = Placement.of(base, merged, dtype)
+    fold_placement(Placement.of(base, merged, dtype), Path(out), verify=verify, progress=progress)
+    return Path(out)
+
+
+def fold_placement(
+    placement: Placement,
+    out: Path,
+    card: Callable[[KeptRecord], str] | None = None,
+    verify: bool = False,
+    progress: Progress = silent,
+) -> KeptRecord:
+    """`fold_checkpoint`, which returns how much of the update is in what was written; `card` makes a README of that.
+
+    It is measured as the tensors are written: no tensor is read for it.
+    """
     placement.check()
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; choose another --out, nothing is overwritten")
+    check_new(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         with writing(out):
             partial.mkdir(parents=True)
-            _write(placement, partial, progress)
+            kept = _write(placement, partial, progress)
             if card is not None:
-                (partial / "README.md").write_text(card, encoding="utf-8")
+                (partial / "README.md").write_text(card(kept), encoding="utf-8")
             if verify:
                 verify_placement(placement, partial, progress)
             if out.exists():
@@ -58,27 +74,34 @@ def fold_checkpoint(
             partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
+    return kept
 
 
-def _write(p: Placement, out: Path, progress: Progress) -> None:
+def _write(p: Placement, out: Path, progress: Progress) -> KeptRecord:
     done, total = 0, sum(map(len, p.files.values()))
+    sums: dict[str, tuple[float, float]] = {}
     for file, names in p.files.items():
         entries = {n: (p.dtype_of(n)[0], p.stored(n).shape) for n in names}
 
         def counted(names: list[str] = names) -> Iterator[tuple[str, Tensor | TensorFile]]:
             nonlocal done
-            for pair in _tensors(p, names):
+            for pair in _tensors(p, names, sums):
                 yield pair
                 done += 1
                 progress("write", done, total)
 
         write_tensors(out / file, entries, counted())
     _companions(p, out)
+    return KeptRecord.of(sums)
 
 
-def _tensors(p: Placement, names: Sequence[str]) -> Iterator[tuple[str, Tensor | TensorFile]]:
-    """The tensors of one file as they are to be; those of one module one after the other."""
+def _tensors(
+    p: Placement, names: Sequence[str], sums: dict[str, tuple[float, float]]
+) -> Iterator[tuple[str, Tensor | TensorFile]]:
+    """The tensors of one file as they are to be; those of one module one after the other.
+
+    Adds up each layer's <change, D> and |D|^2 in `sums`.
+    """
     module_of = {name: module for module, places in p.places.items() for name in places}
     here = set(names)
     for module in dict.fromkeys(module_of[n] for n in names if n in module_of):
@@ -87,15 +110,33 @@ def _tensors(p: Placement, names: Sequence[str]) -> Iterator[tuple[str, Tensor |
             if name in here:
                 to, exact = p.dtype_of(name)
                 pieces = pieces or p.pieces(module, exact)
-                folded = p.read(name).to(exact).add_(pieces[name]).to(to)
+                folded, kept, square = _round(p.read(name), pieces[name], to, exact)
                 if to == torch.float16 and not folded.isfinite().all():
                     raise UserError(f"{name}: its numbers are too large for float16; write bfloat16 or float32")
+                before = sums.get(layer := layer_of(module), (0.0, 0.0))
+                sums[layer] = before[0] + kept, before[1] + square
                 yield name, folded
     for name in names:
         if name not in module_of:
             file = p.checkpoint.files.get(name)
             same = file is not None and name not in p.untied and p.dtype_of(name)[0] == p.stored(name).dtype
             yield name, file if file is not None and same else p.read(name).to(p.dtype_of(name)[0])
+
+
+def _round(base: Tensor, delta: Tensor, to: torch.dtype, exact: torch.dtype) -> tuple[Tensor, float, float]:
+    """W + D rounded once, <change, D> and |D|^2, block by block: with D and what rounding took off, D is all there is.
+
+    <round(W + D) - W, D> = |D|^2 - <(W + D) - round(W + D), D>, in which nothing large cancels.
+    """
+    folded = torch.empty(base.shape, dtype=to)
+    rows = max(1, BLOCK * len(base) // max(1, base.numel()))
+    square = lost = torch.zeros((), dtype=torch.float64)
+    for out, w, d in zip(folded.split(rows), base.split(rows), delta.split(rows), strict=True):
+        total = w.to(exact, copy=True).add_(d)
+        out.copy_(total)
+        lost = lost + total.sub_(out).mul_(d).sum()
+        square = square + d.square().sum()
+    return folded, float(square - lost), float(square)
 
 
 def _companions(p: Placement, out: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from mot_lora.align import SPACES
 from mot_lora.config import PerModule, compiled, first_match, for_module
 from mot_lora.errors import UserError
-from mot_lora.lowrank import Adapter, Factors, Form, Update, concatenate
+from mot_lora.lowrank import Adapter, Dense, Factors, Form, Update, concatenate
 from mot_lora.merge import METHODS, NEEDS_DENSITY, Method, check_weights, seed_for
 from mot_lora.sparsify import check_density
 
@@ -123,6 +123,19 @@ class Merged:
             return out * scale if scale != 1 else out
 
         return merge
+
+
+def total(ledger: Sequence[Merged], module: str) -> Update:
+    """What several merges add to one module together: as exact factors where each has them, else made on demand."""
+    have = [m for m in ledger if module in m.shapes]
+    try:
+        return concatenate([m.factors(module) for m in have], [1.0] * len(have))
+    except UserError:
+
+        def make(dtype: torch.dtype) -> Tensor:
+            return sum((m.delta(module, dtype) for m in have[1:]), start=have[0].delta(module, dtype))
+
+        return Dense(have[0].shapes[module], make, have[0].forms[module])
 
 
 def _arguments(method: Method) -> Sequence[str]:

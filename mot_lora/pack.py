@@ -14,8 +14,8 @@ from torch import Tensor
 from mot_lora.adapters import WEIGHTS_FILE
 from mot_lora.errors import UserError, writing
 from mot_lora.kinds import CONFIG_FILE, PREFIX
-from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, inner, truncate
-from mot_lora.merged import Merged, method_name
+from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, Update, inner, truncate
+from mot_lora.merged import Merged, method_name, total
 from mot_lora.progress import Progress, silent
 from mot_lora.records import SaveRecord
 from mot_lora.tensorfile import write_tensors
@@ -46,21 +46,25 @@ def save_adapter(
     0.031
     """
     packed = pack(adapter, rank, progress)
-    path = Path(path)
-    entries = {name: (t.dtype, t.shape) for name, t in packed.tensors.items()}
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        for name, write in (
-            (WEIGHTS_FILE, lambda to: write_tensors(to, entries, packed.tensors.items())),
-            (CONFIG_FILE, lambda to: to.write_text(json.dumps(packed.config, indent=2) + "\n", encoding="utf-8")),
-        ):
-            partial = path / f".{name}.partial"
-            try:
-                write(partial)
-                partial.replace(path / name)
-            finally:
-                partial.unlink(missing_ok=True)
+        write_packed(packed, Path(path))
     return packed.record
+
+
+def write_packed(packed: Packed, path: Path) -> None:
+    """An adapter's folder: the weights, then the config, each whole or as it was."""
+    entries = {name: (t.dtype, t.shape) for name, t in packed.tensors.items()}
+    path.mkdir(parents=True, exist_ok=True)
+    for name, write in (
+        (WEIGHTS_FILE, lambda to: write_tensors(to, entries, packed.tensors.items())),
+        (CONFIG_FILE, lambda to: to.write_text(json.dumps(packed.config, indent=2) + "\n", encoding="utf-8")),
+    ):
+        partial = path / f".{name}.partial"
+        try:
+            write(partial)
+            partial.replace(path / name)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress = silent) -> Packed:
@@ -119,18 +123,11 @@ def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress 
     return Packed(config, tensors, SaveRecord(method=method, rank=top, ranks=ranks, lost=share, modules=lost))
 
 
-def _update(adapter: Adapter | Merged, module: str) -> Factors | Dense:
-    if isinstance(adapter, Adapter):
-        return adapter.updates[module]
-    try:
-        return adapter.factors(module)
-    except UserError:
-        return Dense(adapter.shapes[module], lambda dtype: adapter.delta(module, dtype), adapter.forms[module])
+def _update(adapter: Adapter | Merged, module: str) -> Update:
+    return adapter.updates[module] if isinstance(adapter, Adapter) else total([adapter], module)
 
 
-def _low_rank(
-    adapter: Adapter | Merged, module: str, update: Factors | Dense, rank: int | None
-) -> tuple[Factors, float, float]:
+def _low_rank(adapter: Adapter | Merged, module: str, update: Update, rank: int | None) -> tuple[Factors, float, float]:
     """The update as factors, the share that was lost, and its |D|^2."""
     if isinstance(update, Factors):
         if rank is None or rank >= update.rank:

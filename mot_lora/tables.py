@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +15,17 @@ from rich.text import Text
 from mot_lora.comparison import Comparison
 from mot_lora.comparison_rows import grids
 from mot_lora.lines import clock_time, size
-from mot_lora.records import DataRecord, InspectRecord, RunRecord, SaveRecord, Segment, VerifyRecord
+from mot_lora.records import (
+    ENOUGH,
+    DataRecord,
+    ExportRecord,
+    InspectRecord,
+    KeptRecord,
+    RunRecord,
+    SaveRecord,
+    Segment,
+    VerifyRecord,
+)
 from mot_lora.report import columns, table_rows
 
 if TYPE_CHECKING:
@@ -83,6 +94,29 @@ def table(record: RunRecord) -> Table:
     for kind, name, cells in table_rows(record):
         out.add_row(Text(name), *cells, style="bold" if kind == "merged" else "dim", end_section=kind == "merged")
     return out
+
+
+def kept_lines(kept: KeptRecord, as_adapter: str) -> list[str]:
+    """How much of an update is in the weights that were written, and what keeps one that rounded away."""
+    if not kept.faded:
+        return [kept.text]
+    return [f"{kept.text}: the rest rounded away; --dtype float32 keeps it, and so does {as_adapter}, as an adapter"]
+
+
+def export_lines(record: ExportRecord, out: Path) -> list[str]:
+    """What was exported, and how much of the update is in it."""
+    if record.form == "lora":
+        return [f"rounds 1 to {record.round} as an adapter of rank {record.rank}: {out}", record.text]
+    return [f"round {record.round} in {record.dtype}: {out}", *kept_lines(record, "--as lora")]
+
+
+def faded_line(record: RunRecord) -> str:
+    """Of which rounds' updates too little survived in weights that are held in 16 bits; empty for none."""
+    faded = [r for r in record.rounds if r.fold.survived is not None and r.fold.survived < ENOUGH]
+    if not faded:
+        return ""
+    rounds = ", ".join(f"{r.fold.survived:.2f} of round {r.round}'s" for r in faded)
+    return f"only {rounds} update survived rounding to 16 bits; quantization=nf4 keeps small updates"
 
 
 def eval_table(record: "HarnessRecord") -> Table:

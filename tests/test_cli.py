@@ -20,7 +20,7 @@ from conftest import refused, stored
 import mot_lora
 from mot_lora.config import Config
 from mot_lora.reader import load_config
-from mot_lora.records import RunRecord
+from mot_lora.records import ExportRecord, RunRecord
 
 MakeConfig = Callable[..., Config]
 COMMAND = str(Path(sys.executable).parent / "mot-lora")
@@ -50,7 +50,10 @@ def test_run_and_export_print_one_json_object(config_file: Path, tmp_path: Path)
     out = tmp_path / "student"
     done = command("export", output, "--out", out, "--round", 1, "--json")
     assert (done.returncode, done.stdout.count("\n")) == (0, 1)
-    assert json.loads(done.stdout) == {"out": str(out), "round": 1, "dtype": "bfloat16"}
+    said = json.loads(done.stdout)
+    assert set(said) == {"out", *ExportRecord.model_fields}
+    assert {k: said[k] for k in ("out", "round", "dtype")} == {"out": str(out), "round": 1, "dtype": "bfloat16"}
+    assert said["worst"][1] <= said["survived"] <= 1.1
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["write"]
     assert (out / "config.json").exists()
 
@@ -185,6 +188,18 @@ def test_fold_writes_a_model_and_checks_it(call: Any, adapters: list[Path], qwen
     assert status == 0
     assert "the base's own" in out
     assert f"modules of {qwen3} updated" in out
+    assert "of the update survived" in out
+    assert "rounded away" not in out
+
+
+def test_fold_says_that_a_small_update_rounds_away(call: Any, make_adapter: Any, qwen3: Path, tmp_path: Path) -> None:
+    tiny = make_adapter(qwen3, "tiny", scale=1e-3)
+    said = json_of(call("fold", qwen3, tiny, "--out", tmp_path / "json", "--json"))
+    assert said["worst"][1] <= said["survived"] < 0.9
+    status, out, _ = call("fold", qwen3, tiny, "--out", tmp_path / "text")
+    worst = f"{said['survived']:.4f} of the update survived, {said['worst'][1]:.4f} in {said['worst'][0]}"
+    line = f"{worst}: the rest rounded away; --dtype float32 keeps it, and so does `mot-lora merge`, as an adapter"
+    assert (status, out.splitlines()[-1]) == (0, line)
 
 
 def test_inspect_tells_and_draws(call: Any, adapters: list[Path], qwen3: Path, tmp_path: Path) -> None:
@@ -321,7 +336,7 @@ def test_help_names_every_argument(call: Any) -> None:
         ("run", ("CONFIG", "KEY=VALUE", "--from-scratch", "--repair", "--quiet", "--json", "Example")),
         ("show", ("RUN", "Example")),
         ("report", ("RUN", "--out", "Example")),
-        ("export", ("RUN", "--out", "--round", "--dtype", "Example")),
+        ("export", ("RUN", "--out", "--round", "--as", "--dtype", "--rank", "Example")),
         (
             "merge",
             ("ADAPTER", "--method", "--weights", "--density", "--scale", "--space", "--rank", "--spec", "Example"),

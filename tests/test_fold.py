@@ -30,6 +30,7 @@ from test_kinds import KINDS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mot_lora.fold
 from mot_lora import (
     Adapter,
     Dense,
@@ -40,7 +41,10 @@ from mot_lora import (
     merge_adapters,
     verify_checkpoint,
 )
+from mot_lora.agreement import layer_of
 from mot_lora.checkpoint import Checkpoint
+from mot_lora.fold import fold_placement
+from mot_lora.placement import Placement
 
 INDEX = "model.safetensors.index.json"
 
@@ -232,11 +236,53 @@ def test_what_travels_with_the_weights_is_copied(qwen3: Path, tmp_path: Path) ->
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "README.md").write_text("the base's own")
     (base / "optimizer.bin").write_bytes(b"no part of the model")
-    out = fold_checkpoint(base, small_update(base, 0.1, 0), tmp_path / "out", card="ours")
+    placement = Placement.of(base, small_update(base, 0.1, 0))
+    kept = fold_placement(placement, out := tmp_path / "out", lambda kept: f"ours: {kept.text}")
     for name in ("generation_config.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "tokenizer.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
-    assert (out / "README.md").read_text() == "ours"
+    assert (out / "README.md").read_text() == f"ours: {kept.text}"
     assert not (out / "optimizer.bin").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "moe", "tied"])
+def test_what_survives_is_measured_as_it_is_written(
+    bases: dict[str, Path], qwen3: Path, tmp_path: Path, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several shards, transposed weights, experts in pieces, embeddings; a block smaller than a tensor."""
+    monkeypatch.setattr(mot_lora.fold, "BLOCK", 500)
+    base = bases.get(kind, qwen3)
+    if dtype != torch.float32 and kind != "qwen3":
+        base = fold_checkpoint(base, [], tmp_path / "base", dtype)  # W_0 lies on the grid
+    targets = {"moe": ["q_proj"], "tied": ["embed_tokens", "up_proj"]}.get(kind, "all-linear")
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj"]} if kind == "moe" else {}
+    small = 120 if kind == "qwen3" else 30  # D is a thousandth of W
+    peft_adapter(base, tmp_path / "adapter", 3, r=1, target_modules=targets, **experts)
+    change_tensors(tmp_path / "adapter", lambda t: t.update({k: v / small for k, v in t.items() if "lora_" in k}))
+    merged = merge_adapters([load_adapter(tmp_path / "adapter", base=base)])
+    placement = Placement.of(base, merged, dtype)
+    kept = fold_placement(placement, out := tmp_path / "out")
+    assert files_of(fold_checkpoint(base, merged, tmp_path / "again", dtype)) == files_of(out)
+
+    before, got, sums = stored(base), stored(out), {}
+    for module in merged.shapes:
+        for name, piece in placement.pieces(module, torch.float64).items():
+            source = placement.untied.get(name, name)
+            if name in got:
+                change = got[name].double() - before[source].double()
+                sums.setdefault(layer_of(module), []).append((float((change * piece).sum()), float((piece**2).sum())))
+    kept_in = {layer: sum(k for k, _ in s) / sum(d for _, d in s) for layer, s in sums.items()}
+    assert len(kept_in) == 2 + (kind == "tied")
+    all_sums = [pair for s in sums.values() for pair in s]
+    assert kept.survived == pytest.approx(sum(k for k, _ in all_sums) / sum(d for _, d in all_sums), rel=1e-5)
+    assert kept.worst == (min(kept_in, key=kept_in.__getitem__), pytest.approx(min(kept_in.values()), rel=1e-5))
+    assert kept.faded == (dtype == torch.bfloat16)
+    assert kept.survived == pytest.approx(1, abs=1e-6) or dtype != torch.float32
+
+
+def test_an_update_of_nothing_survives_in_no_share(qwen3: Path, tmp_path: Path) -> None:
+    kept = fold_placement(Placement.of(qwen3, small_update(qwen3, 0.0, 0)), tmp_path / "out")
+    assert (kept.survived, kept.worst, kept.faded, kept.text) == (None, None, False, "the update is 0")
 
 
 def test_progress_counts_every_tensor(bases: dict[str, Path], tmp_path: Path) -> None:

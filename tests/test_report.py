@@ -28,7 +28,7 @@ from mot_lora.records import (
     TrainRecord,
 )
 from mot_lora.report import Page, report, table_rows
-from mot_lora.tables import table
+from mot_lora.tables import faded_line, table
 
 HOSTILE = '</style><script>alert(1)</script><img src="http://example.org/x.png" onerror="x">&amp;"\''
 VOID = {"meta", "link", "br", "img"}
@@ -442,3 +442,13 @@ def test_the_page_does_not_scroll_sideways(tmp_path: Path) -> None:
     widths = [(int(inner), int(needed)) for inner, needed in re.findall(r' title="(\d+),(\d+)"', dom)]
     assert [inner for inner, _ in widths] == [320, 390, 1280]
     assert all(needed <= inner for inner, needed in widths), widths
+
+
+def test_a_run_says_of_which_rounds_too_little_survived() -> None:
+    record = a_run()
+    assert faded_line(record) == ""
+    one, two = record.rounds
+    half = two.model_copy(update={"fold": fold(0.001, 0.5247)})
+    nothing = one.model_copy(update={"fold": fold(0.0, None)})
+    line = "only 0.52 of round 2's update survived rounding to 16 bits; quantization=nf4 keeps small updates"
+    assert faded_line(record.model_copy(update={"rounds": (nothing, half)})) == line
