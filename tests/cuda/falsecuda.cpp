@@ -149,6 +149,7 @@ struct Job {
   const char* from;
   size_t size;
   std::string snapshot;  // of what is copied from the device on the default stream: that is in order there
+  bool reported = false;
 };
 struct Stream {
   std::deque<Job> jobs;
@@ -262,8 +263,10 @@ void touch(const at::Tensor& tensor, bool writes) {
   for (auto& [id, stream] : streams)
     if (id)
       for (auto& job : stream.jobs)
-        if (overlap(p, n, job.to, job.size) || (writes && overlap(p, n, job.from, job.size)))
-          return violation("the default stream used memory that a copy on stream " + std::to_string(id) + " was not done with");
+        if (!job.reported && (overlap(p, n, job.to, job.size) || (writes && overlap(p, n, job.from, job.size)))) {
+          job.reported = true;
+          violation("the default stream used memory that a copy on stream " + std::to_string(id) + " was not done with");
+        }
 }
 
 struct Mark {
@@ -473,7 +476,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     return self;
   }
   late_copies++;
-  Job job{static_cast<char*>(self.mutable_data_ptr()), static_cast<const char*>(source.const_data_ptr()), self.nbytes(), {}};
+  Job job{static_cast<char*>(self.mutable_data_ptr()), static_cast<const char*>(source.const_data_ptr()), self.nbytes(), {}, false};
   if (id == 0 && down) {
     job.snapshot.assign(job.from, job.size);
     downloads.push_back(std::move(job));
@@ -580,11 +583,11 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ", t.device(), "! (", schema.name(), ")");
   };
   size_t begin = stack->size() - arguments.size();
-  bool out = false;
+  bool empty_out = false;
   for (size_t i = 0; i < arguments.size(); i++) {
     auto& value = (*stack)[begin + i];
     bool written = writes(arguments[i]);
-    out |= arguments[i].is_out();
+    empty_out |= arguments[i].is_out() && value.isTensor() && !value.toTensor().numel();
     if (value.isTensor()) check(value.toTensor(), written);
     else if (value.isTensorList())
       for (const at::Tensor& t : value.toTensorList()) check(t, written);
@@ -594,7 +597,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   lock.unlock();  // a kernel in Python wants Python's own lock
   Drawing drawing(op.hasTag(at::Tag::nondeterministic_seeded));
-  if (out) return at::native::cpu_fallback(op, stack);  // it may have to be made larger
+  if (empty_out) return at::native::cpu_fallback(op, stack);  // it has to be made larger
 
   std::vector<c10::IValue> given(stack->begin() + begin, stack->end());
   for (size_t i = 0; i < arguments.size(); i++) {
