@@ -32,7 +32,7 @@ from mot_lora.config import Config
 from mot_lora.data import load_data
 from mot_lora.durable import sha256, write_record
 from mot_lora.errors import UserError, is_out_of_memory
-from mot_lora.evaluate import LOSS_CHUNK, held_out_losses
+from mot_lora.evaluate import LOSS_CHUNK, AtOnce, held_out_losses, loss_tokens
 from mot_lora.landscape import landscape, points
 from mot_lora.ledger import CONSENSUS, read_consensus, read_ledger, read_run
 from mot_lora.loss import IGNORE, token_log_probs
@@ -182,11 +182,13 @@ class Look:
         """The held-out loss around a round's students, each folded and rounded as the merged one is."""
         start, end = (read_ledger(self.rundir, n, self.model.device) for n in (rounds - 1, rounds))
         one_more = self.counted("landscape", points(len(self.branches)))
+        tokens = loss_tokens(self.config.branch, max(len(e) for es in self.held_out.values() for e in es))
+        at_once = AtOnce(self.config.eval.batch_size)
 
         def loss(ledger: Sequence[Merged]) -> float:
             self.fold(ledger)
-            with torch.no_grad(), self.model.disable_adapter():
-                losses = held_out_losses(self.model, self.tokenizer, self.held_out, self.config.eval)
+            with self.model.disable_adapter():
+                losses = held_out_losses(self.model, self.tokenizer, self.held_out, at_once, tokens)
             one_more()
             return cast("float", EvaluationRecord(losses=losses).loss)
 

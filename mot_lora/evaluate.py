@@ -1,17 +1,23 @@
 """How good the student is: answers to questions, and the loss on held-out traces."""
 
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from mot_lora import decode
 from mot_lora.chat import collate, prompt_text
-from mot_lora.config import EvalConfig
+from mot_lora.config import BranchConfig, EvalConfig
+from mot_lora.decode import Decoding, batches, decodes
 from mot_lora.errors import UserError, is_out_of_memory
 from mot_lora.loss import batch_loss, computing
+from mot_lora.merge import seed_for
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.scoring import is_right, mean_score
@@ -23,6 +29,51 @@ LOSS_CHUNK = 1024
 LOSS_TOKENS = 16_384
 
 
+def loss_tokens(branch: BranchConfig, longest: int) -> int:
+    """How many tokens are measured at once: what a step of training takes, whose longest trace has so many tokens.
+
+    A held-out trace that is longer still is measured alone.
+
+    >>> loss_tokens(BranchConfig(batch_size=4), 1000)
+    4000
+    """
+    return min(LOSS_TOKENS, branch.batch_size * longest)
+
+
+class AtOnce:
+    """How many things are done at once: what was asked for, halved whenever memory runs out.
+
+    >>> at_once = AtOnce(8)
+    >>> with at_once.attempt(8):
+    ...     raise torch.OutOfMemoryError
+    >>> at_once.most
+    4
+    """
+
+    def __init__(self, asked: int) -> None:
+        self.asked = self.most = asked
+        self._failed = False
+
+    @contextmanager
+    def attempt(self, count: int) -> Iterator[None]:
+        """Do so many at once. Out of memory ends the block, to be tried again with half; for a single one it raises."""
+        if self._failed:  # only now nobody holds what the attempt before has left in its frames
+            gc.collect()
+            torch.cuda.empty_cache()
+            self._failed = False
+        try:
+            yield
+        except RuntimeError as e:
+            if not is_out_of_memory(e) or count == 1:
+                raise
+            self.most, self._failed = count // 2, True
+
+    @property
+    def note(self) -> str:
+        """What is to be said of it; nothing where all goes as asked."""
+        return f"out of memory: {self.most} at once" if self.most < self.asked else ""
+
+
 def evaluate(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -32,25 +83,31 @@ def evaluate(
     *,
     seed: int,
     progress: Progress = silent,
+    tokens: int = LOSS_TOKENS,
 ) -> tuple[EvaluationRecord, list[Answer]]:
     """Answer the questions and measure the loss on each teacher's held-out traces, with the adapter as it is set.
 
-    Accuracy is avg@n, judged by math-verify; the loss is in nats a trained token. This is the seam `evaluate=` of
-    `run`.
+    Accuracy is avg@n, judged by math-verify; the loss is in nats a trained token. At most so many `tokens` of several
+    traces or prompts are read at once. Where memory runs out, half as many answers or traces are tried at once, as the
+    record says. This is the seam `evaluate=` of `run`.
+
+    Errors: UserError where memory does not take a single answer or trace.
 
     >>> evaluate(model, tokenizer, [Question("1 + 1 = ?", "2")], {}, EvalConfig(), seed=0)  # doctest: +SKIP
     """
     start = time.monotonic()
     model.eval()
+    traces, rows = AtOnce(settings.batch_size), AtOnce(settings.batch_size * settings.samples)
     try:
-        with torch.no_grad():
-            losses = held_out_losses(model, tokenizer, held_out, settings, progress)
-            texts = generate(model, tokenizer, questions, settings, seed=seed, progress=progress)
+        losses = held_out_losses(model, tokenizer, held_out, traces, tokens, progress)
+        texts = generate(model, tokenizer, questions, settings, rows, tokens, seed=seed, progress=progress)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
-        numbers = f"eval.batch_size {settings.batch_size} or eval.max_new_tokens {settings.max_new_tokens}"
-        raise UserError(f"out of memory ({' '.join(str(e).split())[:160]}); lower {numbers}") from e
+        raise UserError(
+            f"out of memory ({' '.join(str(e).split())[:160]}), though one by one; lower eval.max_new_tokens "
+            f"{settings.max_new_tokens} or branch.max_length"
+        ) from e
     answers = [
         Answer(
             question=q.question,
@@ -66,6 +123,7 @@ def evaluate(
         accuracy=accuracy,
         interval=interval,
         losses=losses,
+        at_once={what: n.most for what, n in (("traces", traces), ("answers", rows)) if n.most < n.asked},
         seconds=time.monotonic() - start,
     )
     return record, answers
@@ -75,38 +133,31 @@ def held_out_losses(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Mapping[str, Sequence[Example]],
-    settings: EvalConfig,
+    at_once: AtOnce,
+    tokens: int,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """The mean loss over the trained tokens of each teacher's examples, in nats.
 
-    A batch holds `settings.batch_size` traces, and fewer where they have more than 16,384 tokens, with padding.
+    A batch holds `at_once` traces, and fewer where they have more than `tokens`, with padding.
     """
+    base, pad = model.get_base_model(), cast("int", tokenizer.pad_token_id)
     losses: dict[str, float] = {}
     done, total = 0, sum(map(len, held_out.values()))
     for name, examples in held_out.items():
         summed, count = 0.0, 0
-        for chosen in _batches(examples, settings.batch_size):
-            batch = collate(chosen, cast("int", tokenizer.pad_token_id))
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            loss, n = batch_loss(model.get_base_model(), batch, LOSS_CHUNK)
-            summed, count, done = summed + float(loss), count + n, done + len(chosen)
-            progress("loss", done, total)
+        left = sorted(examples, key=len)
+        while left:
+            batch = left[: len(next(batches([len(e) for e in left], at_once.most, tokens)))]
+            with at_once.attempt(len(batch)), torch.no_grad():
+                ids = {key: value.to(model.device) for key, value in collate(batch, pad).items()}
+                loss, n = batch_loss(base, ids, LOSS_CHUNK)
+                summed, count, done = summed + float(loss), count + n, done + len(batch)
+                left = left[len(batch) :]
+                progress("loss", done, total, at_once.note)
         if count:
             losses[name] = summed / count
     return losses
-
-
-def _batches(examples: Sequence[Example], most: int) -> Iterator[list[Example]]:
-    """The examples by length, in batches of at most so many; long ones by themselves."""
-    batch: list[Example] = []
-    for example in sorted(examples, key=len):
-        if batch and (len(batch) == most or (len(batch) + 1) * len(example) > LOSS_TOKENS):
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch
 
 
 def generate(
@@ -114,50 +165,47 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     settings: EvalConfig,
+    at_once: AtOnce | None = None,
+    tokens: int = LOSS_TOKENS,
     *,
     seed: int,
     progress: Progress = silent,
 ) -> list[list[str]]:
     """The student's answers, `settings.samples` texts to each question, in the order of the questions.
 
-    Prompts of like length share a batch, padded on the left. Sampling draws from `seed` and leaves the global random
-    state as it was.
+    As many as `at_once`, or batch_size * samples, are at work, and where one ends, the next takes its place; a model
+    that `decodes` is not for is asked by transformers' generate. A sample depends on (seed, question, its number) and
+    the student, save ties in rounding: the global random state is neither used nor touched.
     """
-    prompts = [prompt_text(tokenizer, [{"role": "user", "content": q.question}]) for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts: list[list[str]] = [[] for _ in prompts]
-    sampled: dict[str, Any] = (
-        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-        if settings.temperature
-        else {"do_sample": False}
-    )
-    config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        num_return_sequences=settings.samples,
-        eos_token_id=_stops(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        **sampled,
-    )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), computing(model.get_base_model()):
-        torch.manual_seed(seed)
-        if order:
-            progress("answer", 0, len(order))
-        for i in range(0, len(order), settings.batch_size):
-            chosen = order[i : i + settings.batch_size]
-            batch = tokenizer(
-                [prompts[k] for k in chosen], return_tensors="pt", padding=True, add_special_tokens=False
-            ).to(model.device)
-            output = cast("Any", model).generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
-            )
-            new = output[:, batch["input_ids"].shape[1] :].tolist()
-            for j, ids in enumerate(new):
-                k = chosen[j // settings.samples]
-                begun = "<think>\n" if opens_chain(prompts[k]) else ""  # a chain that never ends is no answer
-                texts[k].append(begun + _decode(tokenizer, ids))
-            progress("answer", i + len(chosen), len(order))
-    return texts
+    base, pad = cast("Any", model.get_base_model()), cast("int", tokenizer.pad_token_id)
+    at_once = at_once or AtOnce(settings.batch_size * settings.samples)
+    how = Decoding(settings.max_new_tokens, frozenset(_stops(model, tokenizer)), settings.temperature, settings.top_p)
+    write, note = partial(decode.decode, tokens=tokens), ""
+    if not decodes(base):
+        write, note = partial(decode.generate, pad=pad), f"{type(base).__name__}: by transformers' generate"
+    texts = [prompt_text(tokenizer, [{"role": "user", "content": q.question}]) for q in questions]
+    prompts = [cast("list[int]", tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
+    asked = [(k, sample) for k in order for sample in range(settings.samples)]
+    found: dict[tuple[int, int], str] = {}
+    written = 0
+
+    def told(new: int) -> None:
+        nonlocal written
+        written += new
+        progress("answer", len(found), len(asked), at_once.note or note, tokens=written)
+
+    if asked:
+        told(0)
+    while left := [a for a in asked if a not in found]:
+        seeds = [seed_for(seed, questions[k].question, sample) for k, sample in left]
+        rows = min(at_once.most, len(left))
+        with at_once.attempt(rows), torch.no_grad(), computing(base):
+            for i, ids in write(base, [prompts[k] for k, _ in left], seeds, how, rows, told):
+                begun = "<think>\n" if opens_chain(texts[left[i][0]]) else ""  # a chain that never ends is no answer
+                found[left[i]] = begun + _decode(tokenizer, ids)
+                told(0)
+    return [[found[k, sample] for sample in range(settings.samples)] for k in range(len(questions))]
 
 
 def _stops(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

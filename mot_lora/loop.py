@@ -19,6 +19,7 @@ from mot_lora.config import BranchConfig, Config, EvalConfig, PerModule, Teacher
 from mot_lora.data import Data
 from mot_lora.durable import DamagedError, hashes, read_record, staged, write_lines, write_record
 from mot_lora.errors import DivergedError, UserError
+from mot_lora.evaluate import evaluate, loss_tokens
 from mot_lora.ledger import read_ledger, read_merges
 from mot_lora.lowrank import Adapter
 from mot_lora.merge import nesterov, seed_for
@@ -249,7 +250,9 @@ class Loop:
     def ask(
         self, stage: str, questions: Sequence[Question], held_out: Mapping[str, Sequence[Example]], *, adapter: bool
     ) -> tuple[EvaluationRecord, list[Answer]]:
-        """Evaluate the student on these questions and traces."""
+        """Evaluate the student on these questions and traces, with no more memory than training takes."""
+        longest = max(max(lengths) for lengths in self.data.lengths.values())
+        ours = {"tokens": loss_tokens(self.config.branch, longest)} if self.evaluate is evaluate else {}
         with nullcontext() if adapter else self.model.disable_adapter():
             return self.evaluate(
                 self.model,
@@ -259,6 +262,7 @@ class Loop:
                 self.config.eval,
                 seed=seed_for(self.config.seed, "evaluate"),
                 progress=self.stage(stage),
+                **ours,
             )
 
     def stage(self, name: str) -> Progress:

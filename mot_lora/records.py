@@ -23,7 +23,8 @@ class EvaluationRecord(Record):
     """How a student did: accuracy (avg@n) with its 95 % interval, and the held-out loss on each teacher's traces.
 
     `loss` is the mean over teachers, in nats a trained token; `forgetting` the accuracy on each set to watch. What was
-    not measured is None. `files` are the sha256 of what lies beside the record, where it is one of its own.
+    not measured is None. `at_once` has how many answers and traces were at work together in the end, where memory ran
+    out with as many as asked. `files` are the sha256 of what lies beside the record, where it is one of its own.
     """
 
     questions: int = 0
@@ -31,6 +32,7 @@ class EvaluationRecord(Record):
     interval: tuple[float, float] | None = None
     losses: dict[str, float] = {}
     forgetting: dict[str, float] = {}
+    at_once: dict[str, int] = {}
     seconds: float = 0.0
     files: dict[str, str] = {}
 

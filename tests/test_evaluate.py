@@ -1,6 +1,11 @@
+import gc
 import json
 import logging
 import shutil
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,10 @@ from mot_lora.base import load_model
 from mot_lora.branch import add_adapter, reset_adapter
 from mot_lora.chat import collate, encode, load_tokenizer, prompt_text
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.config import EvalConfig, LoraConfig
-from mot_lora.evaluate import evaluate, generate, held_out_losses
+from mot_lora.config import BranchConfig, EvalConfig, LoraConfig
+from mot_lora.decode import _Layer
+from mot_lora.errors import UserError
+from mot_lora.evaluate import LOSS_TOKENS, AtOnce, evaluate, generate, held_out_losses, loss_tokens
 from mot_lora.traces import Example, Question, Trace
 
 CPU = torch.device("cpu")
@@ -82,16 +89,19 @@ def test_batched_answers_are_those_of_one_at_a_time_in_order(
 ) -> None:
     want = [[greedy(model, tokenizer, q.question, 12)] for q in QUESTIONS]
     assert len({w[0] for w in want}) == len(QUESTIONS)
-    seen: list[tuple[int, int]] = []
-
-    def progress(stage: str, done: int, total: int, note: str = "", **_: Any) -> None:
-        assert (stage, note) == ("answer", "")
-        seen.append((done, total))
-
     for batch_size in (1, 3, 7):
+        seen: list[tuple[int, int, int]] = []
+
+        def progress(stage: str, done: int, total: int, note: str = "", *, tokens: int, seen: list[Any] = seen) -> None:
+            assert (stage, note) == ("answer", "")
+            seen.append((done, total, tokens))
+
         settings = EvalConfig(batch_size=batch_size, max_new_tokens=12)
         assert generate(model, tokenizer, QUESTIONS, settings, seed=0, progress=progress) == want
-    assert seen[8:12] == [(0, 7), (3, 7), (6, 7), (7, 7)]
+        assert seen == sorted(seen)
+        assert list(dict.fromkeys(done for done, _, _ in seen)) == list(range(8))
+        assert {total for _, total, _ in seen} == {7}
+        assert seen[-1] == (7, 7, 7 * 12)
 
 
 def test_the_adapter_counts_unless_it_is_switched_off(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -142,11 +152,110 @@ def test_answers_are_computed_as_the_loss_is(model: PeftModel, tokenizer: PreTra
             hook = layer.lora_B["default"].register_forward_hook(lambda _m, _x, y, to=dtypes: to.add(y.dtype))
             if what == "loss":
                 trace = encode(tokenizer, Trace(({"role": "user", "content": "7 + 1 = ?"},), "8"))
-                held_out_losses(model, tokenizer, {"a": [trace]}, EvalConfig())
+                held_out_losses(model, tokenizer, {"a": [trace]}, AtOnce(1), 100)
             else:
                 generate(model, tokenizer, QUESTIONS, EvalConfig(max_new_tokens=4), seed=0)
             hook.remove()
     assert seen == {"answers": {torch.bfloat16}, "loss": {torch.bfloat16}}
+
+
+@contextmanager
+def memory_for(model: PeftModel, rows: int) -> Iterator[list[Any]]:
+    """A model that finds no memory for more rows at once; gives what was held when it failed."""
+    held: list[Any] = []
+
+    def full(_module: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if len(ids) > rows:
+            assert all(ref() is None for ref in held)  # what the attempt before had is gone
+            blocked = torch.empty(10)
+            held.append(weakref.ref(blocked))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    hook = model.get_base_model().base_model.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        yield held
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_out_of_memory_halves_what_is_done_at_once_and_goes_on(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, temperature: float
+) -> None:
+    questions = [*QUESTIONS, *(Question("2 + " * n + "1 = ?", "8") for n in (4, 2, 8))]
+    traces = {"a": [Example.after(tuple(range(4, 4 + n)), 1) for n in (40, 7, 12, 61, 9)]}
+    settings = EvalConfig(max_new_tokens=8, batch_size=10, samples=1 + bool(temperature), temperature=temperature)
+    want, answers = evaluate(model, tokenizer, questions, traces, settings, seed=3)
+    assert want.at_once == {}
+    said: list[tuple[str, int, str]] = []
+
+    def progress(stage: str, done: int, _total: int, note: str = "", **_: Any) -> None:
+        said.append((stage, done, note))
+
+    with memory_for(model, 3) as held:
+        record, less = evaluate(model, tokenizer, questions, traces, settings, seed=3, progress=progress)
+    assert less == answers
+    assert record.losses == pytest.approx(want.losses, rel=1e-5)
+    assert record.at_once == {"traces": 2, "answers": 2}
+    assert len(held) == 1 + (3 if temperature else 2)  # 5 traces; 20, 10, 5 or 10, 5 answers
+    assert all(ref() is None for ref in held)
+    assert [note for stage, done, note in said if (stage, done) == ("answer", 0)][-1] == "out of memory: 2 at once"
+    assert said[-1] == ("answer", 10 * settings.samples, "out of memory: 2 at once")
+    assert ("loss", 5, "out of memory: 2 at once") in said
+
+
+def test_out_of_memory_for_a_single_one_ends_in_one_line(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    traces = {"a": [Example.after(tuple(range(4, 4 + n)), 1) for n in (40, 7)]}
+    for questions, held_out in ((QUESTIONS, {}), ([], traces)):
+        with memory_for(model, 0), pytest.raises(UserError) as caught:
+            evaluate(model, tokenizer, questions, held_out, EvalConfig(max_new_tokens=8), seed=0)
+        assert "2.00 GiB" in str(caught.value)
+        assert "eval.max_new_tokens 8 or branch.max_length" in str(caught.value)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    hook = model.get_base_model().register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        generate(model, tokenizer, QUESTIONS, EvalConfig(max_new_tokens=8), seed=0)
+    hook.remove()
+
+
+def test_measuring_takes_no_more_tokens_at_once_than_training() -> None:
+    assert loss_tokens(BranchConfig(batch_size=1), 700) == 700
+    assert loss_tokens(BranchConfig(batch_size=4), 700) == 2800
+    assert loss_tokens(BranchConfig(batch_size=4), 40_000) == LOSS_TOKENS
+
+
+def test_a_model_of_another_kind_is_asked_by_generate_and_that_is_said(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    settings = EvalConfig(max_new_tokens=8, samples=2, temperature=1.0, batch_size=2)
+    want = generate(model, tokenizer, QUESTIONS, settings, seed=0)
+    model.get_base_model().set_attn_implementation("eager")
+    notes: set[str] = set()
+    got = generate(model, tokenizer, QUESTIONS, settings, seed=0, progress=lambda *counts, **_: notes.add(counts[3]))
+    assert got == want
+    assert notes == {"Qwen3ForCausalLM: by transformers' generate"}
+
+
+def test_an_interrupted_answer_leaves_nothing_behind(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = EvalConfig(max_new_tokens=8, batch_size=2, samples=2, temperature=1.0)
+    threads, state = threading.enumerate(), torch.get_rng_state()
+
+    def stop(_stage: str, done: int, _total: int, _note: str = "", **_: Any) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tokenizer, QUESTIONS, settings, seed=0, progress=stop)
+    assert not [x for x in gc.get_objects() if type(x) is _Layer]
+    assert threading.enumerate() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.is_autocast_enabled("cpu")
+    assert generate(model, tokenizer, QUESTIONS, settings, seed=0) == generate(
+        model, tokenizer, QUESTIONS, settings.model_copy(update={"batch_size": 7}), seed=0
+    )
 
 
 def chatty_copy(qwen3: Path, path: Path, **settings: Any) -> Path:
@@ -223,8 +332,8 @@ def test_the_held_out_loss_is_the_mean_over_trained_tokens(
             want[name] = -sum(logs) / len(logs)
     for batch_size in (1, 2, 16):
         settings = EvalConfig(batch_size=batch_size)
-        with torch.no_grad():
-            assert held_out_losses(model, tokenizer, rows, settings) == pytest.approx(want, rel=1e-5)
+        losses = held_out_losses(model, tokenizer, rows, AtOnce(batch_size), LOSS_TOKENS)
+        assert losses == pytest.approx(want, rel=1e-5)
         record, answers = evaluate(model, tokenizer, [], rows, settings, seed=0)
         assert record.losses == pytest.approx(want, rel=1e-5)
         assert record.loss == pytest.approx((want["a"] + want["b"]) / 2, rel=1e-5)
@@ -232,19 +341,16 @@ def test_the_held_out_loss_is_the_mean_over_trained_tokens(
 
 
 def test_long_held_out_traces_go_one_by_one_and_short_ones_together(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = {"a": [Example.after(tuple(range(4, 4 + n)), 1) for n in (40, 7, 12, 61, 9, 30, 29, 8, 8, 75)]}
-    settings = EvalConfig(batch_size=3)
     shapes: list[tuple[int, int]] = []
     hook = model.get_base_model().base_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    with torch.no_grad():
-        want = held_out_losses(model, tokenizer, rows, settings)
-        assert shapes == [(3, 8), (3, 29), (3, 61), (1, 75)]
-        shapes.clear()
-        monkeypatch.setattr("mot_lora.evaluate.LOSS_TOKENS", 60)
-        assert held_out_losses(model, tokenizer, rows, settings) == pytest.approx(want, rel=1e-5)
+    want = held_out_losses(model, tokenizer, rows, AtOnce(3), LOSS_TOKENS)
+    assert shapes == [(3, 8), (3, 29), (3, 61), (1, 75)]
+    shapes.clear()
+    assert held_out_losses(model, tokenizer, rows, AtOnce(3), 60) == pytest.approx(want, rel=1e-5)
     hook.remove()
     assert shapes == [(3, 8), (2, 12), (2, 30), (1, 40), (1, 61), (1, 75)]
