@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import yaml
-from false_gpu import pytest_itemcollected, pytest_pyfunc_call  # noqa: F401  tests on a false GPU
+from false_gpu import pytest_itemcollected, pytest_pyfunc_call, pytest_runtest_setup  # noqa: F401
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor

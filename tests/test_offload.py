@@ -291,7 +291,7 @@ def test_an_adapter_is_trained_to_the_same_bytes(
     assert made[-1][1] > 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_the_same_bytes_take_less_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SLAB", 2**22)
     torch.manual_seed(0)

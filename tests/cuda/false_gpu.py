@@ -39,6 +39,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.fixturenames = []
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that is marked gpu is skipped where there is none, a real one or, by hand, a false one."""
+    if item.get_closest_marker("gpu"):
+        import torch  # which must not be there before a false GPU is
+
+        if not torch.cuda.is_available():
+            pytest.skip("wants a CUDA GPU")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test's process."""
