@@ -23,9 +23,10 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from mot_lora.branch import add_adapter
@@ -35,8 +36,9 @@ from mot_lora.offload import NEAR, is_worth_moving
 from mot_lora.weights import quantization_config
 
 FEW = NEAR + 2  # layers, after which one more adds what every other one does
-Attention = Literal["cuda", "cpu", "math"]
-"""How attention is computed: by a flash kernel of one of the two, or with the whole matrix of scores."""
+Attention = Literal["cuda", "repeated", "cpu"]
+"""By which kernel attention is computed, none of which makes a matrix of scores: FlashAttention-2; before Ampere the
+memory-efficient one, which has keys and values once for each head; or the CPU's."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,63 @@ def step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: b
     )
 
 
-def cached(model: Any, batch: int, tokens: int) -> int:
-    """The bytes of keys and values that answering holds for [batch, tokens]."""
+@dataclass(frozen=True)
+class Pass:
+    """What is computed without gradients: the bytes that it adds at most, of which `cache` are keys and values, and its
+    floating-point operations.
+    """
+
+    bytes: int
+    cache: int
+    flops: float
+
+
+def measure(model: Any, batch: int, tokens: int, chunk: int) -> Pass:
+    """The loss of [batch, tokens], all of them with loss, logits in chunks of so many tokens."""
     base = model.get_base_model().eval()
-    with Live(_held(model)) as live, torch.no_grad(), torch.device("meta"):
-        held = _forward(base, batch, tokens, use_cache=True).past_key_values
-        return live.bytes if held else 0
+
+    def take() -> Pass:
+        with _measuring(model) as live:
+            states, every = _trained(_forward(base, batch, tokens).last_hidden_state)
+            chunked_cross_entropy(states, base.get_output_embeddings(), every, chunk)
+            return Pass(live.most, 0, live.flops)
+
+    return _extended(model, take)
+
+
+def answer(model: Any, batch: int, prompt: int, tokens: int) -> Pass:
+    """Answers to padded prompts, [batch, prompt], where all have become `tokens` long: reading the prompts, or the last
+    token with the keys and values of all others. The operations are the last token's.
+    """
+    base = model.get_base_model().eval()
+
+    def take() -> Pass:
+        with _measuring(model) as live:
+            _forward(base, batch, prompt, torch.empty(batch, 1, prompt, prompt), DynamicCache(config=base.config))
+            read = live.most
+            cache = DynamicCache(config=base.config)
+            _forward(base, batch, tokens - 1, None, cache)
+            live.most, live.flops = live.bytes, 0
+            base.get_output_embeddings()(
+                _forward(base, batch, 1, torch.empty(batch, 1, 1, tokens), cache).last_hidden_state
+            )
+            return Pass(max(read, live.most), live.bytes, live.flops)
+
+    return _extended(model, take)
+
+
+def _extended(model: Any, take: Callable[[], Pass]) -> Pass:
+    """`take` of all layers; where they are alike, from the first one and two."""
+    layers, alike = _layers(model)
+    if not alike or len(layers) <= 2:
+        return take()
+    with _first(model, layers, 1):
+        one = take()
+    with _first(model, layers, 2):
+        two = take()
+    rest = len(layers) - 2
+    cache, flops = rest * (two.cache - one.cache), rest * (two.flops - one.flops)
+    return Pass(two.bytes + cache, two.cache + cache, two.flops + flops)
 
 
 class Live(TorchDispatchMode):
@@ -212,7 +265,7 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
         moved: list[Moved] = []
         if offload:
             stack.enter_context(_offload(moved, base.dtype))
-        hidden = _forward(base, batch, tokens, use_cache=False).last_hidden_state
+        hidden = _forward(base, batch, tokens).last_hidden_state
         kept, live.most = live.bytes, 0
         loss_peak = 0
 
@@ -221,8 +274,7 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
             loss_peak, live.most = live.most, live.bytes
 
         hidden.register_hook(reach_layers)
-        every = torch.empty(batch * (tokens - 1), dtype=torch.int64)
-        states = hidden[:, :-1].flatten(0, 1).index_select(0, every)  # as choosing the trained ones copies them
+        states, every = _trained(hidden)
         del hidden
         loss = chunked_cross_entropy(states, base.get_output_embeddings(), every, settings.loss_chunk)
         del states
@@ -233,10 +285,31 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
     return Step(kept, host, loss_peak - kept, live.most - kept, live.flops)
 
 
-def _forward(base: Any, batch: int, tokens: int, use_cache: bool) -> Any:
+def _forward(base: Any, batch: int, tokens: int, padding: Tensor | None = None, cache: Any = None) -> Any:
+    """The model without its head on so many tokens, after those in a cache; `padding` is a mask of four dimensions."""
     ids = torch.empty(batch, tokens, dtype=torch.int64)
-    # a mask of four dimensions is taken as it is, and no attention here looks at it
-    return base.base_model(input_ids=ids, attention_mask=torch.empty(1, 1, 1, 1), use_cache=use_cache)
+    mask = torch.empty(1, 1, 1, 1) if padding is None else padding  # one of four dimensions is taken as it is
+    return base.base_model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, past_key_values=cache)
+
+
+def _trained(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """As `trained_tokens`, where all are."""
+    every = torch.empty(hidden.shape[0] * (hidden.shape[1] - 1), dtype=torch.int64)
+    return hidden[:, :-1].flatten(0, 1).index_select(0, every), every
+
+
+@contextmanager
+def _measuring(model: Any) -> Generator[Live]:
+    """Without gradients, and with the adapter in what autocast makes of it."""
+    adapter = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    for parameter, data in adapter:
+        parameter.data = data.to(model.dtype)
+    try:
+        with torch.no_grad(), torch.device("meta"), Live(_held(model)) as live:
+            yield live
+    finally:
+        for parameter, data in adapter:
+            parameter.data = data
 
 
 def _product(x: Tensor, codes: Tensor, shape: Any, absmax: Tensor, block: int, kind: str, *rest: Any) -> Tensor:
@@ -371,14 +444,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, expanded: bool) -> tuple[Tensor, Tensor, 
 
 
 @register_flop_formula(torch.ops.mot_lora.attention)
-def _forward_flops(q: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
     batch, heads, tokens, width = q
-    return 2 * batch * heads * tokens * tokens * width  # two products, and half of each is masked
+    seen = tokens if tokens == k[2] else 2 * k[2]  # half of each of the two products is masked, but for a last token
+    return 2 * batch * heads * tokens * seen * width
 
 
 @register_flop_formula(torch.ops.mot_lora.attention_backward)
-def _backward_flops(q: Any, *_: Any, **__: Any) -> int:
-    return 5 * _forward_flops(q) // 2
+def _backward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    return 5 * _forward_flops(q, k) // 2
 
 
 class _Flash(torch.autograd.Function):
@@ -396,17 +470,17 @@ class _Flash(torch.autograd.Function):
 
 
 def _register_attention() -> None:
-    def flash(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, *__: Any, expanded: bool, **___: Any) -> Any:
+    def attend(
+        _: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, repeats: bool, expanded: bool, **__: Any
+    ) -> Any:
+        if repeats or (mask is not None and mask.shape[-1] > 1):  # torch's kernels share no heads where some is masked
+            k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
         return cast("Tensor", _Flash.apply(q, k, v, expanded)).transpose(1, 2).contiguous(), None
 
-    def math_(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, *__: Any, **___: Any) -> Any:
-        output, _scores = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, is_causal=True, enable_gqa=True)
-        return output.transpose(1, 2).contiguous(), None
-
-    kinds: Mapping[str, Callable[..., Any]] = {
-        "cuda": partial(flash, expanded=True),
-        "cpu": partial(flash, expanded=False),
-        "math": math_,
+    kinds: Mapping[Attention, Callable[..., Any]] = {
+        "cuda": partial(attend, repeats=False, expanded=True),
+        "repeated": partial(attend, repeats=True, expanded=True),
+        "cpu": partial(attend, repeats=False, expanded=False),
     }
     for name, function in kinds.items():
         AttentionInterface.register(f"{PLANNED}_{name}", function)

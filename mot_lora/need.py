@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import AutoConfig
@@ -13,12 +14,15 @@ from transformers import AutoConfig
 from mot_lora.base import AHEAD
 from mot_lora.cards import CONTEXT, Card
 from mot_lora.config import BranchConfig, Config, LoraConfig
+from mot_lora.data import Data
 from mot_lora.errors import UserError
-from mot_lora.footprint import Attention, Step, Weights, cached, step, student, weights
+from mot_lora.evaluate import LOSS_CHUNK, LOSS_TOKENS
+from mot_lora.footprint import Attention, Pass, Step, Weights, answer, measure, step, student, weights
 from mot_lora.offload import kept_bytes, offloads
 from mot_lora.records import Record
 
 EFFICIENCY = 0.5  # of a card's TFLOP/s; what training a quantized 8B student on one was seen to reach by others is more
+LAUNCHES = 0.03 / 36  # seconds that a layer's kernels take to start: a token of an 8B student takes some 30 ms for them
 PROGRAM = 2**30  # bytes of host memory that Python and torch take
 PROMPT = 256  # tokens of a question, where answers are planned
 STEP = 64  # tokens; the longest trace is told in these
@@ -30,13 +34,17 @@ class UnplannableError(UserError):
     """A model whose step cannot be run without data."""
 
 
+Phase = Literal["always", "training", "loss", "layers", "folding", "measuring", "losses", "answering"]
+"""What is done meanwhile: the loss and the layers are parts of training, held-out losses and answers of measuring."""
+
+
 class Part(Record):
     """Something that takes memory: where, while what is done, and how many bytes."""
 
     name: str
     bytes: int
     place: Literal["card", "host", "disk"] = "card"
-    phase: Literal["always", "training", "loss", "layers", "folding", "answering"] = "always"
+    phase: Phase = "always"
 
 
 class TeacherPlan(Record):
@@ -60,11 +68,32 @@ def peak_of(parts: Sequence[Part]) -> int:
     >>> peak_of([Part(name="weights", bytes=5), Part(name="kept", bytes=2, phase="training")])
     7
     """
-    during = dict.fromkeys(("always", "training", "loss", "layers", "folding", "answering"), 0)
+    during = dict.fromkeys(get_args(Phase), 0)
     for part in parts:
         during[part.phase] += part.bytes if part.place == "card" else 0
     training = during["training"] + max(during["loss"], during["layers"])
-    return during["always"] + max(training, during["folding"], during["answering"])
+    measuring = during["measuring"] + max(during["losses"], during["answering"])
+    return during["always"] + max(training, during["folding"], measuring)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has to do, as far as it is known: the tokens of each teacher's traces and of those held out, and how
+    many questions are asked: to report on, to find weights by, and of each set that must not be forgotten.
+    """
+
+    lengths: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
+    held_out: Sequence[int] = ()
+    questions: int = 0
+    validation: int = 0
+    forgetting: Sequence[int] = ()
+
+    @staticmethod
+    def of(data: Data) -> "Work":
+        """What the data of a run has it do."""
+        held = [len(e) for examples in data.held_out.values() for e in examples]
+        sets = [len(questions) for questions in data.forgetting.values()]
+        return Work(data.lengths, held, len(data.questions), len(data.validation), sets)
 
 
 @dataclass(frozen=True)
@@ -78,8 +107,8 @@ class Need:
     @property
     def student(self) -> "Student":
         c, card = self.config, self.card
-        attention: Attention = "cpu" if not card.is_gpu else "cuda" if card.bf16 else "math"
-        return Student(self.architecture, c.quantization, c.lora, card.bf16, attention)
+        attention: Attention = "cpu" if not card.is_gpu else "cuda" if card.bf16 else "repeated"
+        return Student(self.architecture, c.quantization, c.lora, card.dtype, attention)
 
     def offload(self, tokens: int) -> bool:
         """Whether layers' inputs are moved to host memory."""
@@ -113,10 +142,19 @@ class Need:
             ),
             Part(name="fold of one layer", bytes=4 * copies * w.largest, phase="folding"),
         ]
-        if c.eval.data:
+        if c.eval.holdout or c.eval.traces:
+            batch = max(tokens, min(c.eval.batch_size * tokens, LOSS_TOKENS))
+            losses = self.student.measure(batch, LOSS_CHUNK)
+            parts.append(Part(name=f"held-out losses of {batch:,} tokens", bytes=losses.bytes, phase="losses"))
+        if c.eval.data or c.eval.forgetting or c.merge.searched:
             asked = c.eval.batch_size * c.eval.samples
-            keys = self.student.cached(asked, PROMPT + c.eval.max_new_tokens)
-            parts.append(Part(name=f"keys and values of {asked} answers", bytes=keys, phase="answering"))
+            a = self.student.answer(asked, PROMPT + c.eval.max_new_tokens)
+            parts += [
+                Part(name=f"keys and values of {asked} answers", bytes=a.cache, phase="answering"),
+                Part(name="their prompts, or next tokens", bytes=a.bytes - a.cache, phase="answering"),
+            ]
+        if self.card.is_gpu and (c.eval.branches or c.merge.searched):  # autocast keeps what it made
+            parts.append(Part(name="adapter in 16 bits", bytes=w.adapter // 2, phase="measuring"))
         parts += [
             Part(name="CUDA and its libraries", bytes=CONTEXT)
             if self.card.is_gpu
@@ -172,23 +210,50 @@ class Need:
             seconds=self.seconds(seen, most, times),
         )
 
-    def answering(self, questions: int) -> float | None:
-        """Seconds that the run's answers take at least: for each token of a batch, every weight is read once."""
-        e, rate, w = self.config.eval, self.card.gbps, self.student.weights()
-        if rate is None or not questions:
+    def measurements(self) -> tuple[int, int]:
+        """How often a student is measured without an adapter, and with one."""
+        c = self.config
+        return 1 + c.rounds, c.rounds * len(c.teachers) * c.eval.branches
+
+    def answering(self, work: Work) -> float | None:
+        """Seconds of all the run's answers, where each has max_new_tokens: the next tokens of a batch take what reading
+        every weight, and keys and values, once takes, or what starting the kernels does.
+        """
+        c, rate = self.config, self.card.gbps
+        e, (alone, adapted) = c.eval, self.measurements()
+        sets = [(alone + adapted, work.questions), *((alone, n) for n in work.forgetting)]
+        if c.merge.searched:
+            tried = len(c.teachers) + (len(c.teachers) - 1) * (c.merge.weights == "greedy")
+            sets.append((c.rounds * tried, work.validation))
+        batches = sum(times * math.ceil(n / e.batch_size) for times, n in sets)
+        if rate is None or not batches:
             return None
-        times = 1 + self.config.rounds * (1 + len(self.config.teachers) * e.branches)
-        return times * math.ceil(questions / e.batch_size) * e.max_new_tokens * (w.layers + w.others) / (rate * 1e9)
+        w, half = self.student.weights(), PROMPT + e.max_new_tokens // 2
+        read = w.layers + w.others + self.student.answer(e.batch_size * e.samples, half).cache
+        starts = LAUNCHES * self.student.config.num_hidden_layers
+        return batches * e.max_new_tokens * max(read / (rate * 1e9), starts)
+
+    def losing(self, work: Work) -> float | None:
+        """Seconds of all held-out losses."""
+        if self.card.tflops is None or not work.held_out:
+            return None
+        flops = _along(work.held_out, lambda n: self.student.measure(n, LOSS_CHUNK).flops)
+        return sum(self.measurements()) * flops / (self.card.tflops * 1e12 * EFFICIENCY)
 
     def seconds(self, lengths: Sequence[int], most: int, times: float) -> float | None:
-        """What training so often on each trace takes: a n + b n^2 operations, as counted at two lengths."""
+        """What training so often on each trace takes, where the longest trace of all has `most` tokens."""
         if self.card.tflops is None:
             return None
-        n = max(most // 2, 2)
-        half, whole = (self.step(k).flops / self.config.branch.batch_size for k in (n, 2 * n))
-        square = (whole - 2 * half) / (2 * n**2)
-        flops = times * sum((half / n - square * n) * k + square * k**2 for k in lengths)
-        return flops / (self.card.tflops * 1e12 * EFFICIENCY)
+        flops = _along(lengths, lambda n: self.step(n).flops / self.config.branch.batch_size, most)
+        return times * flops / (self.card.tflops * 1e12 * EFFICIENCY)
+
+
+def _along(lengths: Sequence[int], flops: Callable[[int], float], most: int | None = None) -> float:
+    """The sum over all lengths of a n + b n^2 operations, as counted at the length `most` and at half of it."""
+    n = max((most or max(lengths)) // 2, 2)
+    half, whole = flops(n), flops(2 * n)
+    square = (whole - 2 * half) / (2 * n**2)
+    return sum((half / n - square * n) * k + square * k**2 for k in lengths)
 
 
 @dataclass(frozen=True)
@@ -198,7 +263,7 @@ class Student:
     architecture: str
     quantization: str
     lora: LoraConfig
-    bf16: bool
+    dtype: torch.dtype
     attention: Attention
 
     @property
@@ -213,7 +278,7 @@ class Student:
     def kept(self, tokens: int) -> int:
         """The inputs of all its layers, for so many tokens."""
         c = self.config
-        return kept_bytes(c.num_hidden_layers, tokens, c.hidden_size, 2 if self.bf16 else 4)
+        return kept_bytes(c.num_hidden_layers, tokens, c.hidden_size, self.dtype.itemsize)
 
     def weights(self) -> Weights:
         return weights(_model(self), self.quantization)
@@ -221,9 +286,11 @@ class Student:
     def step(self, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool) -> Step:
         return _step(self, batch, tokens, chunk, checkpointing, offload)
 
-    def cached(self, batch: int, tokens: int) -> int:
-        """Keys and values: a line through nothing."""
-        return _cached(self) * batch * tokens
+    def measure(self, tokens: int, chunk: int) -> Pass:
+        return _measure(self, tokens, chunk)
+
+    def answer(self, batch: int, tokens: int) -> Pass:
+        return _answer(self, batch, tokens)
 
 
 def _offloading(config: Config, how: Literal["on", "off"]) -> Config:
@@ -241,19 +308,32 @@ def _config(architecture: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _model(s: Student) -> Any:
-    return student(s.config, s.quantization, s.lora, torch.bfloat16 if s.bf16 else torch.float32, s.attention)
+    return student(s.config, s.quantization, s.lora, s.dtype, s.attention)
 
 
 @lru_cache(maxsize=256)
 def _step(s: Student, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool) -> Step:
     settings = BranchConfig(loss_chunk=chunk, activation_checkpointing=checkpointing)
-    try:
+    with _without_data(s):
         return step(_model(s), batch, tokens, settings, offload)
+
+
+@lru_cache(maxsize=256)
+def _measure(s: Student, tokens: int, chunk: int) -> Pass:
+    with _without_data(s):
+        return measure(_model(s), 1, tokens, chunk)
+
+
+@lru_cache(maxsize=256)
+def _answer(s: Student, batch: int, tokens: int) -> Pass:
+    with _without_data(s):
+        return answer(_model(s), batch, PROMPT, tokens)
+
+
+@contextmanager
+def _without_data(s: Student) -> Generator[None]:
+    try:
+        yield
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as e:
         kind = s.config.model_type
         raise UnplannableError(f"a `{kind}` cannot be run without data ({' '.join(str(e).split())[:120]})") from e
-
-
-@lru_cache(maxsize=16)
-def _cached(s: Student) -> int:
-    return cached(_model(s), 1, PROMPT) // PROMPT

@@ -1,12 +1,12 @@
 """Whether a run fits on a card, and how long it takes: told before any weight is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mot_lora.cards import Card
 from mot_lora.config import Config
 from mot_lora.lines import size
-from mot_lora.need import STEP, Need, Part, TeacherPlan, peak_of
+from mot_lora.need import STEP, Need, Part, TeacherPlan, Work, peak_of
 from mot_lora.records import DataRecord, Record
 
 SHORTEST = 512  # tokens; it is no use to train on less
@@ -18,8 +18,8 @@ class PlanRecord(Record):
     """What a run needs, and whether it fits: bytes by part, and the most that is held at once beside what the card has.
 
     `tokens` has the longest trace that is planned for, `longest` the longest that fits, with these settings. `seconds`
-    are of all training, at half of what the card's maker says of it; `answering` the least that all answers can take,
-    reading each weight once a token. `change` has the settings with which it would fit.
+    are of all training, at half of what the card's maker says of it, and `losing` of all held-out losses; `answering`
+    of all answers, where each is as long as it may be. `change` has the settings with which it would fit.
     """
 
     student: str
@@ -34,6 +34,7 @@ class PlanRecord(Record):
     longest: int | None
     rounds: int
     seconds: float | None
+    losing: float | None = None
     answering: float | None = None
     change: tuple[str, ...] = ()
 
@@ -42,22 +43,22 @@ def plan(
     config: Config,
     architecture: str,
     card: Card,
-    lengths: Mapping[str, Sequence[int]] | None = None,
-    questions: int = 0,
+    work: Work | None = None,
     search: bool = True,
 ) -> PlanRecord:
     """What a run needs of a card, from the shapes of its tensors alone.
 
-    architecture: the student's config.json; lengths: the tokens of each teacher's traces, each taken to be
-    branch.max_length where they are not known. One training step is run without data, see `footprint`. With `search`,
-    also the longest trace that fits, and what to change where it does not.
+    architecture: the student's config.json; work: what the data has it do, of which each trace is taken to have
+    branch.max_length tokens where it is not known. One training step is run without data, see `footprint`. With
+    `search`, also the longest trace that fits, and what to change where it does not.
 
     Errors: UserError for a model that cannot be run without data.
 
     >>> plan(config, Path("Qwen3-8B/config.json").read_text(), find_card("RTX 4090")).fits  # doctest: +SKIP
     True
     """
-    known = lengths or {}
+    work = work or Work()
+    known = work.lengths
     tokens = max(max(known.get(t.name) or (config.branch.max_length,)) for t in config.teachers)
     need = Need(config, architecture, card)
     parts = need.parts(tokens)
@@ -78,7 +79,8 @@ def plan(
         longest=need.longest() if search else None,
         rounds=config.rounds,
         seconds=config.rounds * sum(seconds) if seconds else None,
-        answering=need.answering(questions),
+        losing=need.losing(work),
+        answering=need.answering(work),
         change=() if fits or not search else changes(config, architecture, card, tokens),
     )
 

@@ -24,7 +24,7 @@ from mot_lora.errors import UserError
 from mot_lora.ledger import read_ledger, read_page, read_run
 from mot_lora.loop import Evaluate, Loop, Train
 from mot_lora.merged import resolve
-from mot_lora.need import UnplannableError
+from mot_lora.need import UnplannableError, Work
 from mot_lora.plan import PlanRecord, plan, refusal
 from mot_lora.progress import Progress, silent
 from mot_lora.records import DataRecord, RunRecord
@@ -125,8 +125,7 @@ def preview(
         data = load_data(config, load_tokenizer(checkpoint.path, config.trust_remote_code), progress)
     except UserError as e:
         unread = str(e)
-    lengths, asked = (data.lengths, len(data.questions)) if data else (None, 0)
-    return plan(config, json.dumps(checkpoint.config), on, lengths, asked), unread
+    return plan(config, json.dumps(checkpoint.config), on, Work.of(data) if data else None), unread
 
 
 def stages(config: Config) -> list[str]:
@@ -159,11 +158,11 @@ def _check_context(checkpoint: Checkpoint, data: Data) -> None:
 
 def _check_fit(config: Config, checkpoint: Checkpoint, data: Data, card: Card, force: bool) -> PlanRecord | None:
     """What the run needs, where that can be told; UserError, which names the longest trace, when it does not fit."""
-    architecture, lengths, asked = json.dumps(checkpoint.config), data.lengths, len(data.questions)
+    architecture, work = json.dumps(checkpoint.config), Work.of(data)
     try:
-        record = plan(config, architecture, card, lengths, asked, search=False)
+        record = plan(config, architecture, card, work, search=False)
         if not record.fits:
-            record = plan(config, architecture, card, lengths, asked)
+            record = plan(config, architecture, card, work)
     except UnplannableError:
         return None  # it is known only when the model runs
     if not force and (why := refusal(record, data.record, host_memory())):

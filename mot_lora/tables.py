@@ -1,7 +1,7 @@
 """What a person reads when work is done: tables."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,6 +170,15 @@ def data_tables(record: DataRecord) -> list[RenderableType]:
     return shown
 
 
+WHILE: Mapping[str, str] = {
+    "always": "",
+    "loss": "training: loss",
+    "layers": "training: layers",
+    "losses": "measuring: losses",
+    "answering": "measuring: answers",
+}
+
+
 def plan_tables(record: "PlanRecord") -> list[RenderableType]:
     """What a run needs: memory by part, and what each teacher's branch has to do.
 
@@ -183,7 +192,7 @@ def plan_tables(record: "PlanRecord") -> list[RenderableType]:
         if part.place != place:
             out.add_section()
             place = part.place
-        when = {"always": "", "loss": "training, or", "layers": "training"}.get(part.phase, part.phase)
+        when = WHILE.get(part.phase, part.phase)
         out.add_row(part.name, when if part.place == "card" else part.place, size(part.bytes))
     work = _table(f"one of {record.rounds} rounds", ("teacher", "traces", "longest", "steps", "tokens", "about"))
     for t in record.teachers:
@@ -203,8 +212,10 @@ def plan_line(record: "PlanRecord") -> str:
         said.append(f"the longest trace that fits has {record.longest:,} tokens")
     if record.seconds is not None:
         said.append(f"training takes about {clock_time(record.seconds)}")
+    if record.losing is not None:
+        said.append(f"held-out losses {clock_time(record.losing)}")
     if record.answering is not None:
-        said.append(f"answers {clock_time(record.answering)} at least")
+        said.append(f"answers at most about {clock_time(record.answering)}")
     if record.change:
         said.append(f"to make it fit: {' '.join(record.change)}")
     return "; ".join(said)

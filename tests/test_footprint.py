@@ -19,7 +19,7 @@ from mot_lora.branch import add_adapter, reset_adapter
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
 from mot_lora.errors import UserError
-from mot_lora.footprint import Step, cached, step, student, weights
+from mot_lora.footprint import Step, answer, measure, step, student, weights
 from mot_lora.loss import batch_loss, inputs_as_they_are
 
 LORA = LoraConfig(r=8, alpha=16)
@@ -186,22 +186,41 @@ def test_layers_that_are_left_out_of_the_count_are_counted() -> None:
             assert step(whole, 1, 500, settings, offload) == step(part, 1, 500, settings, offload)
 
 
-def test_memory_grows_as_a_line_with_flash_attention_and_as_a_square_without() -> None:
+def test_memory_grows_as_a_line_on_every_card() -> None:
     config = _shape(Qwen3Config, hidden_size=64, num_hidden_layers=3, head_dim=16)
     settings = BranchConfig(loss_chunk=64)
 
     def layer(kind: Any, tokens: int) -> int:
         return step(student(config, "none", LORA, torch.float32, kind), 1, tokens, settings, False).layer
 
-    for kind in ("cpu", "cuda"):
+    for kind in ("cpu", "cuda", "repeated"):
         assert layer(kind, 4096) < 2.2 * layer(kind, 2048)
-    assert layer("math", 4096) > 3.5 * layer("math", 2048)
+    assert layer("repeated", 4096) > layer("cuda", 4096)
 
 
 def test_keys_and_values_are_those_of_every_layer(saved: Path) -> None:
     model = planned(saved, "nf4")
     c = model.config
-    assert cached(model, 3, 100) == 3 * 100 * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * 4
+    keys = 3 * 100 * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * 4
+    said = answer(model, 3, 10, 100)
+    assert said.cache == keys
+    assert keys < said.bytes < 1.6 * keys
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_held_out_loss_takes_what_it_is_said_to_take(saved: Path, quantization: str) -> None:
+    model = real(saved, quantization).eval()
+    base: Any = model.get_base_model()
+    ids = torch.randint(0, base.config.vocab_size, (2, 384))
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        batch_loss(base, {"input_ids": ids, "labels": ids}, 128)
+    said = measure(planned(saved, quantization), 2, 384, 128)
+    assert said.bytes == pytest.approx(allocated(profile)[1], rel=0.02)
+    step_of_it = step(planned(saved, quantization), 2, 384, BranchConfig(activation_checkpointing=False), False)
+    assert said.flops == pytest.approx(step_of_it.flops / 2, rel=0.25)  # there and back, and the adapter's gradients
 
 
 def test_a_step_without_data_leaves_the_settings_of_torch_alone(saved: Path) -> None:

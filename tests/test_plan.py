@@ -20,19 +20,21 @@ from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Factors
 from mot_lora.merge import NEEDS_DENSITY
 from mot_lora.merged import Merged, combine
-from mot_lora.need import FOLDED, Need, Part, UnplannableError, peak_of
+from mot_lora.need import FOLDED, LAUNCHES, Need, Part, UnplannableError, Work, peak_of
 from mot_lora.plan import PlanRecord, changes, plan
 from mot_lora.rounds import preview, run
 
 GIB = 2**30
 QWEN3 = {
-    "8b": (4096, 36, 32, 12288),
-    "14b": (5120, 40, 40, 17408),
+    "0.6b": (1024, 28, 16, 3072, True),
+    "4b": (2560, 36, 32, 9728, True),
+    "8b": (4096, 36, 32, 12288, False),
+    "14b": (5120, 40, 40, 17408, False),
 }
 
 
 def architecture(name: str) -> str:
-    width, layers, heads, inner = QWEN3[name]
+    width, layers, heads, inner, tied = QWEN3[name]
     config = Qwen3Config(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -42,7 +44,7 @@ def architecture(name: str) -> str:
         intermediate_size=inner,
         vocab_size=151936,
         max_position_embeddings=131072,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     return config.to_json_string(use_diff=False)
 
@@ -174,11 +176,16 @@ def test_the_peak_is_of_what_is_held_together() -> None:
     ]
     assert peak_of(parts) == 19
     assert peak_of([*parts, Part(name="more answers", bytes=2, phase="answering")]) == 20
+    assert peak_of([*parts, Part(name="measured with", bytes=3, phase="measuring")]) == 21
+    assert peak_of([*parts, Part(name="held-out losses", bytes=12, phase="losses")]) == 22
 
 
 def test_work_is_counted_from_the_traces() -> None:
     record = plan(
-        config(branch={"steps": 10}), TINY, find_card("RTX 3090"), {"a": [100] * 160, "b": [50] * 80 + [150] * 80}
+        config(branch={"steps": 10}),
+        TINY,
+        find_card("RTX 3090"),
+        Work({"a": [100] * 160, "b": [50] * 80 + [150] * 80}),
     )
     a, b = record.teachers
     assert (a.steps, a.tokens, a.longest, a.traces) == (10, 16000, 100, 160)
@@ -188,12 +195,14 @@ def test_work_is_counted_from_the_traces() -> None:
     assert b.seconds > a.seconds  # as many tokens, but long traces attend to more
     assert record.seconds == pytest.approx(5 * (a.seconds + b.seconds))
     assert record.tokens == 150
-    twice = plan(config(branch={"steps": 20}), TINY, find_card("RTX 3090"), {"a": [100] * 160, "b": [150]})
+    twice = plan(config(branch={"steps": 20}), TINY, find_card("RTX 3090"), Work({"a": [100] * 160, "b": [150]}))
     assert twice.teachers[0].seconds == pytest.approx(2 * a.seconds)
 
 
 def test_epochs_are_steps_of_the_traces_that_are_there() -> None:
-    record = plan(config(branch={"epochs": 2}), TINY, Card("CPU", 8, is_gpu=False), {"a": [10] * 33, "b": [10] * 16})
+    record = plan(
+        config(branch={"epochs": 2}), TINY, Card("CPU", 8, is_gpu=False), Work({"a": [10] * 33, "b": [10] * 16})
+    )
     assert [t.steps for t in record.teachers] == [6, 2]
     assert record.seconds is None  # nobody says how fast a CPU is
 
@@ -283,3 +292,52 @@ def test_the_command(call: Callable[..., tuple[int, str, str]], config_file: Pat
     status, out, err = call("plan", config_file, "--card", "RTX 3061")
     assert (status, out) == (2, "")
     assert "did you mean RTX 3060" in err
+
+
+@pytest.mark.parametrize(("name", "layers", "longest"), [("0.6b", 28, 40_960), ("4b", 36, 30_912)])
+def test_a_card_before_ampere_takes_long_traces(name: str, layers: int, longest: int) -> None:
+    """It computes in fp16, with keys and values repeated for a kernel that makes no matrix of scores."""
+    asked = config(eval={"holdout": 0.05, "batch_size": 1})
+    need = Need(asked, architecture(name), find_card("T4"))
+    assert need.student.dtype == torch.float16
+    assert need.student.config.num_hidden_layers == layers
+    assert need.longest() >= longest
+
+
+def test_what_is_measured_takes_memory_and_time() -> None:
+    card, work = find_card("RTX 3090"), Work({"a": [100], "b": [100]}, [100] * 20, 10, 6, [4, 5])
+
+    def planned(work: Work = work, **settings: Any) -> PlanRecord:
+        return plan(config(rounds=2, **settings), TINY, card, work, search=False)
+
+    asked = {"data": "q.jsonl", "batch_size": 2, "max_new_tokens": 100}
+    both = planned(eval=asked)
+    names = {p.name: p.phase for p in both.parts}
+    assert names["held-out losses of 200 tokens"] == "losses"
+    assert names["keys and values of 2 answers"] == names["their prompts, or next tokens"] == "answering"
+    assert names["adapter in 16 bits"] == "measuring"
+    assert "held-out losses" not in " ".join(p.name for p in planned(eval={**asked, "holdout": 0}).parts)
+    # 5 layers' kernels are what a token takes: before, after two rounds, and for two teachers in each
+    assert both.answering == pytest.approx(100 * 5 * LAUNCHES * (7 * 5 + 3 * (2 + 3)))
+    alone = planned(eval={**asked, "branches": False})
+    assert alone.answering == pytest.approx(100 * 5 * LAUNCHES * (3 * 5 + 3 * (2 + 3)))
+    assert both.losing
+    assert alone.losing == pytest.approx(both.losing * 3 / 7)
+    weighed = {**asked, "branches": False, "validation": "v.jsonl"}
+    for weights, tried in (("validation", 2), ("greedy", 3)):
+        longer = planned(eval=weighed, merge={"weights": weights}).answering
+        assert longer == pytest.approx(alone.answering + 100 * 5 * LAUNCHES * 2 * tried * 3)
+    # a large student's weights take longer to be read than kernels to be started
+    slow = plan(
+        config(eval=asked, rounds=1, quantization="none"), architecture("8b"), find_card("T4"), work, search=False
+    )
+    assert slow.answering
+    assert slow.answering > 100 * 36 * LAUNCHES * (4 * 5 + 2 * (2 + 3))
+
+
+def test_many_held_out_traces_at_once_are_bounded() -> None:
+    need = Need(config(eval={"batch_size": 64}), architecture("8b"), find_card("RTX 4090"))
+    (name,) = [p.name for p in need.parts(4096) if p.phase == "losses"]
+    assert name == "held-out losses of 16,384 tokens"
+    (name,) = [p.name for p in need.parts(20_000) if p.phase == "losses"]
+    assert name == "held-out losses of 20,000 tokens"

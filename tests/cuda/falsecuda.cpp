@@ -10,6 +10,8 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
+#include <ATen/native/transformers/attention.h>
+#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
@@ -20,12 +22,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -635,6 +639,165 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
 }
 
+// --- products and attention: what CUDA alone has -------------------------------------------------
+
+at::Tensor empty_on_device(c10::IntArrayRef size, at::ScalarType dtype) {
+  return at::detail::empty_generic(size, &device_allocator, kCuda, dtype, std::nullopt);
+}
+
+// What an operation of our own does before it reads these.
+void begin(std::initializer_list<std::reference_wrapper<const at::Tensor>> tensors) {
+  Lock lock(mutex_);
+  finish_uploads();
+  clock_++;
+  for (const at::Tensor& t : tensors) {
+    TORCH_CHECK(!t.defined() || t.is_cuda(), "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ", t.device(), "!");
+    touch(t, false);
+  }
+}
+
+void check_out_dtype(const at::Tensor& a, at::ScalarType dtype) {
+  bool half = a.scalar_type() == at::kHalf || a.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(dtype == a.scalar_type() || (dtype == at::kFloat && half),
+      "out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs");
+}
+
+// Sums in fp32, rounded once.
+at::Tensor mm_dtype(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
+  begin({a, b});
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "input dtypes must be the same");
+  check_out_dtype(a, dtype);
+  return on_device(at::mm(on_host(a).to(at::kFloat), on_host(b).to(at::kFloat)).to(dtype));
+}
+at::Tensor bmm_dtype(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
+  begin({a, b});
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "input dtypes must be the same");
+  check_out_dtype(a, dtype);
+  return on_device(at::bmm(on_host(a).to(at::kFloat), on_host(b).to(at::kFloat)).to(dtype));
+}
+at::Tensor addmm_dtype(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype, const at::Scalar& beta,
+    const at::Scalar& alpha) {
+  begin({c, a, b});
+  check_out_dtype(a, dtype);
+  TORCH_CHECK(c.scalar_type() == dtype || c.scalar_type() == a.scalar_type(), "self dtype must match either out_dtype or mat1 dtype");
+  return on_device(at::addmm(on_host(c).to(at::kFloat), on_host(a).to(at::kFloat), on_host(b).to(at::kFloat), beta, alpha).to(dtype));
+}
+
+// Which kernel scaled_dot_product_attention takes: torch's rules for a card of this capability.
+int64_t choose_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
+    double dropout, bool is_causal, std::optional<double>, bool enable_gqa) {
+  sdp::sdp_params p{q, k, v, mask, dropout, is_causal, enable_gqa};
+  auto type = q.scalar_type();
+  bool half = type == at::kHalf || type == at::kBFloat16, ampere = card.major >= 8;
+  bool alike = q.dim() == 4 && type == k.scalar_type() && type == v.scalar_type() && q.size(-1) == k.size(-1) && sdp::check_tensor_shapes(p, false) &&
+      sdp::check_nonzero_sequence_lengths_dense(p, false) && sdp::check_last_dim_stride_equals_1_dense<true>(p, false);
+  auto& context = at::globalContext();
+  bool square = !is_causal || q.size(-2) == k.size(-2);
+  if (alike && context.userEnabledFlashSDP() && ampere && half && !mask && square && q.size(-1) <= 256 && q.size(-1) == v.size(-1) &&
+      sdp::check_batch_size_and_num_heads_dense<true>(p, false))
+    return static_cast<int64_t>(at::SDPBackend::flash_attention);
+  int64_t unit = ampere ? (half ? 8 : 4) : half ? 8 : 1;
+  bool takes = type == at::kFloat || type == at::kHalf || (type == at::kBFloat16 && ampere);
+  if (alike && context.userEnabledMemEfficientSDP() && takes && q.size(-1) % unit == 0 && v.size(-1) % unit == 0 &&
+      sdp::check_batch_size_and_num_heads_dense<false>(p, false))
+    return static_cast<int64_t>(at::SDPBackend::efficient_attention);
+  TORCH_CHECK(context.userEnabledMathSDP(), "No available kernel. Aborting execution.");
+  return static_cast<int64_t>(at::SDPBackend::math);
+}
+
+// Keys or values, [batch, heads, tokens, width], on the host, once for each of q's heads.
+at::Tensor repeated(const at::Tensor& t, const at::Tensor& q) { return on_host(t).repeat_interleave(q.size(1) / t.size(1), 1); }
+
+// As the kernels lay it out: [batch, tokens, heads, width], seen as [batch, heads, tokens, width].
+at::Tensor empty_like_heads(const at::Tensor& t, int64_t width) {
+  return empty_on_device({t.size(0), t.size(2), t.size(1), width}, t.scalar_type()).transpose(1, 2);
+}
+
+std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
+    double dropout, bool is_causal, std::optional<double> scale) {
+  TORCH_CHECK(dropout == 0, "the false GPU's attention has no dropout");
+  auto bias = mask ? std::optional<at::Tensor>(on_host(*mask).to(q.scalar_type())) : std::nullopt;
+  return at::_scaled_dot_product_flash_attention_for_cpu(on_host(q), repeated(k, q), repeated(v, q), 0, is_causal, bias, scale);
+}
+
+// Gradients on the host; those of shared keys and values one for each head.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attend_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& out, const at::Tensor& sums, const std::optional<at::Tensor>& mask, bool is_causal,
+    std::optional<double> scale) {
+  auto bias = mask ? std::optional<at::Tensor>(on_host(*mask).to(q.scalar_type())) : std::nullopt;
+  auto lse = on_host(sums).narrow(2, 0, q.size(2)).contiguous();
+  return at::_scaled_dot_product_flash_attention_for_cpu_backward(on_host(gradient).contiguous(), on_host(q), repeated(k, q), repeated(v, q), on_host(out), lse, 0,
+      is_causal, bias, scale);
+}
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::SymInt, at::Tensor, at::Tensor, at::Tensor> flash(const at::Tensor& q,
+    const at::Tensor& k, const at::Tensor& v, double dropout, bool is_causal, bool, std::optional<double> scale) {
+  begin({q, k, v});
+  auto out = empty_like_heads(q, v.size(-1));
+  auto sums = empty_on_device({q.size(0), q.size(1), q.size(2)}, at::kFloat);
+  auto [result, lse] = attend(q, k, v, std::nullopt, dropout, is_causal, scale);
+  on_host(out).copy_(result);
+  on_host(sums).copy_(lse);
+  auto seed = empty_on_device({2}, at::kUInt64), unused = empty_on_device({}, at::kUInt64), debug = empty_on_device({0}, q.scalar_type());
+  return {out, sums, at::Tensor(), at::Tensor(), q.size(2), k.size(2), seed, unused, debug};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& out, const at::Tensor& sums, const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, double, bool is_causal,
+    const at::Tensor&, const at::Tensor&, std::optional<double> scale) {
+  auto taken = gradient.transpose(1, 2).contiguous();
+  begin({taken, q, k, v, out, sums});
+  int64_t batch = q.size(0), heads = q.size(1), width = q.size(3), tokens = round_up(q.size(2), 128);
+  auto dq = empty_like_heads(q, width), dk = empty_like_heads(k, width), dv = empty_like_heads(v, width);
+  auto d = empty_on_device({batch, heads, tokens}, at::kFloat);
+  auto dq_sum = empty_on_device({batch, tokens, heads, round_up(width, width <= 128 ? 32 : 64)}, at::kFloat);
+  at::Tensor dk_expanded, dv_expanded;
+  if (heads != k.size(1)) {
+    dk_expanded = empty_on_device({batch, k.size(2), heads, width}, k.scalar_type());
+    dv_expanded = empty_on_device({batch, k.size(2), heads, width}, v.scalar_type());
+  }
+  auto [gq, gk, gv] = attend_backward(taken.transpose(1, 2), q, k, v, out, sums, std::nullopt, is_causal, scale);
+  on_host(dq).copy_(gq);
+  on_host(dk).copy_(gk.unflatten(1, {k.size(1), -1}).sum(2));
+  on_host(dv).copy_(gv.unflatten(1, {v.size(1), -1}).sum(2));
+  return {dq, dk, dv};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const std::optional<at::Tensor>& mask, bool keeps_sums, double dropout, bool is_causal, std::optional<double> scale) {
+  begin({q, k, v});
+  auto out = empty_like_heads(q, v.size(-1));
+  auto sums = empty_on_device({q.size(0), q.size(1), keeps_sums ? round_up(q.size(2), 32) : 0}, at::kFloat);
+  auto [result, lse] = attend(q, k, v, mask, dropout, is_causal, scale);
+  on_host(out).copy_(result);
+  if (keeps_sums) on_host(sums).narrow(2, 0, q.size(2)).copy_(lse);
+  return {out, sums, at::zeros({}, at::kLong), at::zeros({}, at::kLong)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& mask, const at::Tensor& out, const at::Tensor& sums, const at::Tensor&, const at::Tensor&, double,
+    std::array<bool, 4> wanted, bool is_causal, std::optional<double> scale) {
+  if (!gradient.defined()) return {};
+  TORCH_CHECK(!wanted[3], "the false GPU gives no gradient of a mask");
+  auto taken = gradient.transpose(1, 2).contiguous();
+  begin({taken, q, k, v, out, sums});
+  int64_t batch = q.size(0), heads = q.size(1), width = q.size(3);
+  auto dq = empty_like_heads(q, width), dk = empty_like_heads(k, width), dv = empty_like_heads(v, v.size(3));
+  bool half = q.scalar_type() != at::kFloat;
+  at::Tensor products = half ? at::Tensor() : empty_on_device({batch, q.size(2), heads, v.size(3)}, at::kFloat);
+  auto d = empty_on_device({batch, heads, q.size(2)}, at::kFloat);
+  products = at::Tensor();
+  auto dq_sum = half ? empty_on_device({batch, heads, round_up(q.size(2), 64), width}, at::kFloat) : at::Tensor();
+  auto given = mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt;
+  auto [gq, gk, gv] = attend_backward(taken.transpose(1, 2), q, k, v, out, sums, given, is_causal, scale);
+  on_host(dq).copy_(gq);
+  on_host(dk).copy_(gk);
+  on_host(dv).copy_(gv);
+  return {dq, dk, dv, at::Tensor()};
+}
+
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", TORCH_FN(empty_memory_format));
   m.impl("empty_strided", TORCH_FN(empty_strided));
@@ -651,6 +814,14 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("view", TORCH_FN(view));
   m.impl("_reshape_alias", TORCH_FN(reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
+  m.impl("mm.dtype", TORCH_FN(mm_dtype));
+  m.impl("bmm.dtype", TORCH_FN(bmm_dtype));
+  m.impl("addmm.dtype", TORCH_FN(addmm_dtype));
+  m.impl("_fused_sdp_choice", TORCH_FN(choose_attention));
+  m.impl("_scaled_dot_product_flash_attention", TORCH_FN(flash));
+  m.impl("_scaled_dot_product_flash_attention_backward", TORCH_FN(flash_backward));
+  m.impl("_scaled_dot_product_efficient_attention", TORCH_FN(efficient));
+  m.impl("_scaled_dot_product_efficient_attention_backward", TORCH_FN(efficient_backward));
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
@@ -658,6 +829,9 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFun
 }  // namespace
 
 namespace at {
+namespace native {
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &choose_attention)
+}
 using ::CUDAHooks;  // torch looks for this name
 REGISTER_CUDA_HOOKS(CUDAHooks)
 }  // namespace at

@@ -1,6 +1,7 @@
 """The false GPU itself: it refuses and counts what a real one would."""
 
 import ctypes
+from typing import Any
 
 import falsecuda
 import pytest
@@ -128,3 +129,97 @@ def test_copies_are_late_and_a_missing_wait_is_seen() -> None:
     side.synchronize()
     assert falsecuda.violations() == 4
     assert "a copy found its memory given back" in falsecuda.reports()
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+FLASH, EFFICIENT, MATH = "ScaledDotProductFlash", "ScaledDotProductEfficient", None
+BATCH, HEADS, TOKENS, WIDTH = 2, 4, 256, 32
+
+
+def attention(dtype: torch.dtype, shared: int = 1, masked: bool = False) -> tuple[str | None, float, float]:
+    """The kernel that is chosen, and the bytes that it keeps and that its backward pass takes, by those of q.
+
+    Output and gradients are compared with those of a CPU in fp32.
+    """
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(BATCH, TOKENS, h, WIDTH, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+        for h in (HEADS, HEADS // shared, HEADS // shared)
+    )
+    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="cuda").tril() if masked else None
+    settings = {"is_causal": not masked, "enable_gqa": shared > 1}
+    before = falsecuda.held()
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **settings)
+    kept = (falsecuda.held() - before) / q.nbytes
+    kernel = next((name for name in (FLASH, EFFICIENT) if name in type(out.grad_fn).__name__), MATH)
+    gradient = torch.randn_like(out)
+    before = falsecuda.held()
+    torch.cuda.reset_peak_memory_stats()
+    out.backward(gradient)
+    backward = (falsecuda.peak() - before) / q.nbytes
+
+    host = [t.detach().cpu().float().requires_grad_() for t in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*host, is_causal=True, enable_gqa=True)
+    want.backward(gradient.cpu().float())
+    for got, exact in ((out, want), *((t.grad, h.grad) for t, h in zip((q, k, v), host, strict=True))):
+        assert got is not None
+        assert exact is not None
+        torch.testing.assert_close(got.cpu().float(), exact, atol=0.1, rtol=0.02)
+    return kernel, kept, backward
+
+
+def near(x: float) -> Any:
+    return pytest.approx(x, abs=1e-3)  # beside it a kernel keeps the state of its dropout
+
+
+@false_gpu()
+def test_attention_is_chosen_and_takes_memory_as_on_ampere() -> None:
+    half = torch.bfloat16
+    # the output and its log-sum-exp; going back dq, dk, dv and the fp32 sum of dq, beside a row's number in fp32
+    row = 2 / WIDTH  # of fp32 numbers, one for each row of a matrix in 16 bits
+    assert attention(half) == (FLASH, near(1 + row), near(5 + row))
+    # and those of shared keys and values once for each head
+    assert attention(half, shared=2) == (FLASH, near(1 + row), near(6 + row))
+    assert attention(half, masked=True)[0] == EFFICIENT
+    assert attention(torch.float32) == (EFFICIENT, near(1 + row / 2), near(4 + row / 2))
+    assert attention(torch.float32, shared=2)[0] == MATH
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert attention(half)[0] == MATH
+    a, b = torch.randn(2, 5, 64, device="cuda", dtype=half).unbind()
+    product = torch.mm(a, b.t(), out_dtype=torch.float32)  # what only CUDA has
+    torch.testing.assert_close(product.cpu(), a.cpu().float() @ b.cpu().float().t())
+    assert torch.addmm(product, a, b.t(), out_dtype=torch.float32).dtype == torch.float32
+    assert falsecuda.violations() == 0
+
+
+@false_gpu(name="Tesla T4", gib=16, capability="7.5")
+def test_attention_is_chosen_and_takes_memory_as_before_ampere() -> None:
+    row = 2 / WIDTH
+    assert attention(torch.float16) == (EFFICIENT, near(1 + row), near(5 + row))
+    assert attention(torch.float16, masked=True)[0] == EFFICIENT
+    assert attention(torch.float32)[0] == EFFICIENT
+    for dtype in (torch.float16, torch.float32):
+        kernel, kept, backward = attention(dtype, shared=2)
+        assert kernel == MATH
+        assert min(kept, backward) > TOKENS / WIDTH  # whole score matrices
+    assert attention(torch.bfloat16)[0] == MATH
+    scaler = torch.amp.GradScaler("cuda")
+    layer = torch.nn.Linear(4, 4, device="cuda")
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    before = layer.weight.detach().clone()
+    with torch.autocast("cuda", torch.float16):
+        loss = layer(torch.ones(2, 4, device="cuda")).float().mean()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert torch.allclose(layer.weight.grad, torch.full((4, 4), 0.25, device="cuda"), atol=1e-3)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(layer.weight, before)
+    layer.weight.grad.fill_(float("inf"))
+    before = layer.weight.detach().clone()
+    scaler.scale(loss.detach())
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(layer.weight, before)
+    assert scaler.get_scale() == 2**15
