@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from mot_lora.ahead import ahead
+from mot_lora.attention import needs_repeating, repeat_shared_heads
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.errors import UserError, is_out_of_memory
@@ -46,14 +46,12 @@ def dtype_of(device: torch.device) -> torch.dtype:
 def load_model(
     checkpoint: Checkpoint, quantization: str, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The student in memory: linear layers in NF4 with double quantization, int8, or as they are; the rest in
-    bf16 on a GPU that computes in it, else in fp32. There attention is FlashAttention-2, where flash_attn is installed
-    and the model takes it, else transformers' default.
+    """The student in memory: linear layers in NF4 with double quantization, int8, or as they are; the rest in what the
+    device computes in (`dtype_of`).
 
     Errors: UserError when it does not fit.
     """
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if native else torch.float32
+    dtype = dtype_of(device)
     with warnings.catch_warnings(), _without_bars():
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -77,8 +75,8 @@ def load_model(
         if isinstance(module, Linear4bit):
             # its AVX512-BF16 path repacks the weight in place, after which it can be neither read nor trained through
             cast("Any", module).support_avx512bf16_for_cpu = False
-    if native and is_flash_attn_2_available() and model._supports_flash_attn:
-        model.set_attn_implementation("flash_attention_2")
+    if device.type == "cuda" and needs_repeating(torch.cuda.get_device_capability(device)):
+        repeat_shared_heads(model)
     model.config.use_cache = True
     # the checkpoint's settings for chatting (temperature, repetition penalty) would be mixed into ours; keep its ends
     said = cast("Any", model.generation_config)

@@ -4,8 +4,8 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +23,13 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
-from transformers.utils.import_utils import is_liger_kernel_available
 
-from mot_lora.chat import collate
 from mot_lora.config import BranchConfig, LoraConfig
 from mot_lora.errors import DivergedError, UserError, is_out_of_memory
 from mot_lora.interruption import INTERRUPTS, Shield
+from mot_lora.liger import fused, uses_liger
+from mot_lora.lora import one_product
+from mot_lora.loss import inputs_as_they_are
 from mot_lora.merge import seed_for
 from mot_lora.offload import Offload, capacity, kept_bytes, offloads
 from mot_lora.progress import Progress, silent
@@ -39,8 +40,6 @@ from mot_lora.traces import Example
 from mot_lora.trainer import BranchTrainer, Track, Watch
 
 ADAPTER = "default"
-# the loss has its own chunks, and never calls the model's forward, in which Liger's would be
-LIGER = {"rope": True, "swiglu": True, "rms_norm": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
@@ -134,12 +133,11 @@ def train(
     stop. This is the seam `train=` of `run`: any function with these arguments can take its place.
 
     Errors: DivergedError for a loss that is not finite or worse than guessing; UserError when memory runs out, and for
-    what `check_liger` finds.
+    what `uses_liger` finds.
 
     >>> run(config, train=my_train)  # doctest: +SKIP
     """
     start = time.monotonic()
-    check_liger(settings, model.device)
     with ExitStack() as stack:
         folder = job.state if job else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(warnings.catch_warnings())
@@ -148,22 +146,21 @@ def train(
         if found and found[1].learning_rate != settings.learning_rate:  # its optimizer would go on with the old one
             discard(folder.glob("checkpoint-*"))
             found = None
-        if settings.activation_checkpointing:
-            base: Any = model.get_base_model()
-            # transformers 5.17 has only the older name
-            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
-            base.disable_input_require_grads()  # for reentrant checkpoints alone; it would hold on to the first input
+        set_checkpoints(model.get_base_model(), settings)
+        stack.enter_context(fast_layers(model, settings))
         shield = stack.enter_context(Shield())
         offload = _offload(model, settings, examples)
         stays = model.device.type == "cuda" and offload is None  # what host memory could take
         trainer = BranchTrainer(
-            chunk=settings.loss_chunk,
+            settings=settings,
+            pad_id=cast("int", tokenizer.pad_token_id),
             offload=offload,
             model=model,
             args=_arguments(settings, folder, seed, model.device),
             train_dataset=cast("Any", list(examples)),
-            data_collator=lambda batch: collate(batch, cast("int", tokenizer.pad_token_id)),
         )
+        stack.callback(_let_go, trainer, model)
+        del offload
         trainer.remove_callback(PrinterCallback)  # progress has its seam
         watch = Watch(trainer, shield, progress, start, bound=math.log(model.config.vocab_size))
         for name in settings.report_to if job else ():
@@ -187,29 +184,56 @@ def train(
             if is_out_of_memory(e):
                 raise UserError(_out_of_memory(e, settings, examples, stays)) from e
             raise
-    model.eval()
-    losses = trainer.losses
-    return TrainRecord(
-        steps=trainer.state.global_step,
-        tokens=trainer.trained_tokens,
-        loss=sum(losses) / len(losses),
-        seconds=watch.spent,
-        losses=tuple(losses),
-    )
+        model.eval()
+        losses = trainer.losses
+        return TrainRecord(
+            steps=trainer.state.global_step,
+            tokens=trainer.trained_tokens,
+            loss=sum(losses) / len(losses),
+            seconds=watch.spent,
+            losses=tuple(losses),
+        )
 
 
-def check_liger(settings: BranchConfig, device: torch.device) -> None:
-    """Errors: UserError when branch.liger is on, and liger_kernel is not installed or the device is no CUDA GPU."""
-    if settings.liger and device.type != "cuda":
-        raise UserError(f"branch.liger: its kernels need a CUDA GPU, not `{device.type}`; set it to false")
-    if settings.liger and not is_liger_kernel_available():
-        raise UserError("branch.liger needs the package liger_kernel: pip install liger-kernel, or set it to false")
+def set_checkpoints(base: Any, settings: BranchConfig) -> None:
+    """Have a student keep only its layers' inputs for the backward pass, or all, as `activation_checkpointing` says.
+
+    Without dropout a layer that is computed again needs no random state, which takes a copy from the GPU to keep.
+    """
+    # transformers 5.17 has only the older names
+    if not settings.activation_checkpointing:
+        getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+        return
+    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in base.modules())
+    dropout |= any(value for name, value in vars(base.config.get_text_config()).items() if name.endswith("dropout"))
+    how = {"use_reentrant": False, "preserve_rng_state": dropout}
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)(how)
+    base.disable_input_require_grads()  # for reentrant checkpoints alone; it would hold on to the first input
+
+
+@contextmanager
+def fast_layers(model: PeftModel, settings: BranchConfig) -> Generator[None]:
+    """Around training: each LoRA layer as one product, no fp32 copies of what layers are given, Liger's kernels."""
+    with inputs_as_they_are(model), one_product(model), ExitStack() as stack:
+        if uses_liger(settings.liger, model.device.type == "cuda"):
+            stack.enter_context(fused(model))
+        yield
+
+
+def _let_go(trainer: BranchTrainer, model: PeftModel) -> None:
+    """Free what training held: the optimizer's state, gradients, pinned memory. The Trainer refers to itself."""
+    model.zero_grad()
+    trainer.accelerator.free_memory()
+    vars(trainer).clear()
+    if model.device.type == "cuda":
+        torch.accelerator.empty_host_cache()
 
 
 def _offload(model: PeftModel, settings: BranchConfig, examples: Sequence[Example]) -> Offload | None:
     """What keeps layers' inputs in host memory, where the longest batch calls for it."""
     shape = model.config.get_text_config()
-    tokens = min(settings.batch_size, len(examples)) * max(map(len, examples))
+    rows, longest = settings.largest(max(map(len, examples)))
+    tokens = min(rows, len(examples)) * longest
     kept = kept_bytes(shape.num_hidden_layers, tokens, shape.hidden_size, model.dtype.itemsize)
     return Offload(model.device, model.dtype, kept) if offloads(settings, kept, capacity(model.device)) else None
 
@@ -219,8 +243,7 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
         output_dir=str(folder),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 1,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        per_device_train_batch_size=settings.traces,  # which the trainer cuts into what is computed at once
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=settings.warmup,
@@ -235,9 +258,7 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        use_liger_kernel=settings.liger,
-        liger_kernel_config=LIGER,
+        dataloader_pin_memory=False,  # it hands on lists
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # where there are more, the Trainer would spread each batch over them
     return arguments
@@ -253,7 +274,11 @@ def _out_of_memory(error: Exception, settings: BranchConfig, examples: Sequence[
     """What to lower, with the numbers that count."""
     s = settings
     longest = max(map(len, examples))
-    lower = [f"branch.batch_size {s.batch_size} (raise gradient_accumulation instead)"] if s.batch_size > 1 else []
+    lower: list[str] = []
+    if s.batch_tokens:
+        lower += [f"branch.batch_tokens {s.batch_tokens}"] if s.batch_tokens > longest else []
+    elif s.batch_size > 1:
+        lower += [f"branch.batch_size {s.batch_size} (raise gradient_accumulation instead)"]
     if not s.activation_checkpointing:
         lower += ["branch.activation_checkpointing false (turn it on)"]
     elif stays:

@@ -119,14 +119,17 @@ class TeacherConfig(DataConfig):
 class BranchConfig(Settings):
     """How one teacher's adapter is trained in one round. A step sees batch_size * gradient_accumulation traces.
 
-    `offload` keeps the inputs of checkpointed layers in host memory; `auto` does it on a GPU where they would take more
-    than a tenth of its memory.
+    They are computed in batches of batch_size, or with `batch_tokens` of so many tokens. `offload` keeps the inputs of
+    checkpointed layers in host memory; `auto` does it on a GPU where they would take more than a tenth of its memory.
     """
 
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=4, ge=1)
     gradient_accumulation: int = Field(default=4, ge=1)
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="tokens computed at once, padding included, in place of batch_size traces"
+    )
     learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the branch's steps")
@@ -136,7 +139,9 @@ class BranchConfig(Settings):
     loss_chunk: int = Field(default=1024, ge=1, description="tokens whose logits are held at once")
     activation_checkpointing: bool = True
     offload: Literal["auto", "on", "off"] = "auto"
-    liger: bool = Field(default=False, description="Liger's fused kernels, on a GPU")
+    liger: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Liger's fused kernels; auto: on a GPU where the package is installed"
+    )
     save_steps: int | None = Field(default=None, ge=1, description="steps between two states to go on from")
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
@@ -145,7 +150,23 @@ class BranchConfig(Settings):
     def _one_or_more(cls, value: Any) -> object:
         return (value,) if isinstance(value, str) else cast("object", value)
 
-    @field_validator("offload", mode="before")
+    @property
+    def traces(self) -> int:
+        """The traces of a step."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
+    def most(self) -> int | None:
+        """The most traces in what is computed at once; None where their tokens decide."""
+        return None if self.batch_tokens else self.batch_size
+
+    def largest(self, longest: int) -> tuple[int, int]:
+        """The largest batch that is computed at once, where the longest trace has so many tokens: traces, and tokens
+        of each. With `batch_tokens`, as one trace that has as many as all of them.
+        """
+        return (1, max(longest, self.batch_tokens)) if self.batch_tokens else (self.batch_size, longest)
+
+    @field_validator("offload", "liger", mode="before")
     @classmethod
     def _on_or_off(cls, value: Any) -> object:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else cast("object", value)  # as YAML has it

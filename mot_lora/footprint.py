@@ -29,8 +29,9 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from mot_lora.branch import add_adapter
+from mot_lora.branch import add_adapter, set_checkpoints
 from mot_lora.config import BranchConfig, LoraConfig
+from mot_lora.lora import one_product
 from mot_lora.loss import chunked_cross_entropy
 from mot_lora.offload import NEAR, is_worth_moving
 from mot_lora.weights import quantization_config
@@ -95,9 +96,7 @@ def student(
                 if isinstance(module, Linear4bit):
                     _pack(module, dtype)
             model.is_loaded_in_4bit = True
-        model = add_adapter(model, lora)
-        # the adapter is in fp32, and autocast computes with it in the student's format
-        return model.to(dtype)
+        return add_adapter(model, lora)
 
 
 def weights(model: Any, quantization: str) -> Weights:
@@ -249,16 +248,12 @@ class Live(TorchDispatchMode):
 
 def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: bool) -> Step:
     base = model.get_base_model()
-    # transformers 5.17 has only the older names
-    if settings.activation_checkpointing:
-        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
-        base.disable_input_require_grads()
-    else:
-        getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
+    set_checkpoints(base, settings)
     base.train()
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stack.enter_context(torch.device("meta"))
+        stack.enter_context(one_product(model))
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         live = stack.enter_context(Live(_held(model)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: in
     """The summed loss of n tokens, - sum_i log softmax(head(h_i))[t_i], in nats; fp32 scalar.
 
     hidden: [n, width]; head maps [m, width] to logits [m, vocabulary]; targets: [n] int64. The softmax is in fp32.
-    Logits are computed once, and held for `chunk` tokens: with them their gradient is taken, [n, width], and kept.
+    Logits are computed once, and held for `chunk` tokens: with them their gradient is taken, [n, width], and kept. A
+    frozen linear head has it in the logits' own memory.
 
     >>> chunked_cross_entropy(torch.zeros(4, 8), torch.nn.Linear(8, 2), torch.zeros(4, dtype=torch.int64), 2).shape
     torch.Size([])
@@ -39,14 +40,38 @@ def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: in
     if torch.is_grad_enabled():
         own = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
         return cast("Any", _Summed).apply(head, targets, chunk, hidden, *own)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for i in range(0, len(targets), chunk):
-        total += _loss(head, hidden[i : i + chunk], targets[i : i + chunk])
-    return total
+    return -_log_probs(hidden, head, targets, chunk).sum()
 
 
-def _loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+def logits(head: Head, hidden: Tensor) -> Tensor:
+    """The head's logits of [n, width], in fp32: [n, vocabulary].
+
+    On a GPU the sums of 16-bit products are handed over as they are, and not rounded to 16 bits before: log p would be
+    off by some 0.03 nats.
+    """
+    if _is_linear(head) and hidden.device.type in ("cuda", "meta") and head.weight.dtype.itemsize == 2:
+        out = torch.mm(hidden.to(head.weight.dtype), head.weight.t(), out_dtype=torch.float32)
+        bias = cast("Tensor | None", head.bias)
+        return out if bias is None else out.add_(bias)
+    return head(hidden).float()
+
+
+def _is_linear(head: Head) -> TypeGuard[nn.Linear]:
+    return type(head) is nn.Linear  # and no layer that computes in a way of its own
+
+
+def _log_probs(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> Tensor:
+    parts = [slice(i, i + chunk) for i in range(0, len(targets), chunk)]
+    rows = [_exponentiate(logits(head, hidden[p]), targets[p, None])[0] for p in parts]
+    return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *rows])
+
+
+def _exponentiate(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Make logits [m, vocabulary] exp(z - max z), in place; log p at the tokens `at`, [m], and the sums, [m, 1]."""
+    z -= z.amax(1, keepdim=True)
+    right = z.gather(1, at)
+    total = z.exp_().sum(1, keepdim=True)
+    return (right - total.log()).squeeze(1), total
 
 
 class _Summed(torch.autograd.Function):
@@ -58,10 +83,15 @@ class _Summed(torch.autograd.Function):
         ctx.grads = [torch.zeros_like(x) for x in (hidden, *own)]
         for i in range(0, len(targets), chunk):
             here = slice(i, i + chunk)
-            h = hidden[here].detach().requires_grad_()
-            with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # used at once: nobody need move it
-                loss = _loss(head, h, targets[here])
-            by_hidden, *by_own = torch.autograd.grad(loss, [h, *own], materialize_grads=True)  # 0 for what is not used
+            if not own and _is_linear(head):
+                loss, by_hidden = _with_gradient(head, hidden[here], targets[here])
+                by_own = []
+            else:
+                h = hidden[here].detach().requires_grad_()
+                with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # used at once: nobody need move it
+                    loss = F.cross_entropy(logits(head, h), targets[here], reduction="sum")
+                # 0 for what is not used
+                by_hidden, *by_own = torch.autograd.grad(loss, [h, *own], materialize_grads=True)
             ctx.grads[0][here] = by_hidden
             for total_grad, grad in zip(ctx.grads[1:], by_own, strict=True):
                 total_grad += grad
@@ -74,6 +104,15 @@ class _Summed(torch.autograd.Function):
         return None, None, None, *(grad.mul_(upstream[0]) for grad in grads)
 
 
+def _with_gradient(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk's loss under a frozen head, and its gradient by hidden: (softmax - onehot) W, made in place."""
+    z, at = logits(head, hidden), targets[:, None]
+    log_probs, total = _exponentiate(z, at)
+    z /= total
+    z.scatter_add_(1, at, -torch.ones_like(total))
+    return -log_probs.sum(), z.to(head.weight.dtype) @ head.weight
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -82,12 +121,12 @@ def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Ten
     """The summed loss of a batch over its trained tokens, fp32, and how many they are.
 
     model: a causal language model of transformers, with or without adapters inside; batch: input_ids and labels, each
-    [batch, length], padded on the right. The head is applied to the trained positions alone. Where the base is in bf16,
-    so is the forward.
+    [batch, length], padded on the right. The head is applied to the trained positions alone. Where the base is in 16
+    bits, so is the forward.
 
     >>> loss, n = batch_loss(model, collate(examples, pad_id), chunk=1024)  # doctest: +SKIP
     """
-    with computing(model):
+    with _autocast(model):
         hidden, targets = _states(model, batch)
         return chunked_cross_entropy(hidden, model.get_output_embeddings(), targets, chunk), len(targets)
 
@@ -101,28 +140,33 @@ def token_log_probs(model: Any, batch: Mapping[str, Tensor], chunk: int) -> Tens
     """
     with torch.no_grad(), computing(model):
         hidden, targets = _states(model, batch)
-        head = cast("Head", model.get_output_embeddings())
-        parts = [slice(i, i + chunk) for i in range(0, len(targets), chunk)]
-        return torch.cat([-F.cross_entropy(head(hidden[p]).float(), targets[p], reduction="none") for p in parts])
-
-
-def inputs_as_they_are(model: Any) -> AbstractContextManager[None]:
-    """Where the base is in bf16, keep PEFT from making an fp32 copy of what each adapted layer is given.
-
-    The adapter is in fp32, but autocast computes it in bf16 anyway. Needed around what computes layers again, too.
-    """
-    from peft.helpers import disable_input_dtype_casting  # here: who only wants IGNORE should not wait for PEFT
-
-    return disable_input_dtype_casting(model, model.dtype == torch.bfloat16)
+        return _log_probs(hidden, model.get_output_embeddings(), targets, chunk)
 
 
 @contextmanager
 def computing(model: Any) -> Generator[None]:
-    """What a model computes in: training, losses and answers alike. Its base may be in bf16, its adapter is in fp32."""
-    device = cast("torch.device", model.device)
-    in_bf16 = model.dtype == torch.bfloat16
-    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16), inputs_as_they_are(model):
+    """Around all that is computed with a student and its adapter: where the base is in 16 bits, so is the adapter.
+
+    Entered once around many batches, since PEFT's layers are told one by one.
+    """
+    with _autocast(model), inputs_as_they_are(model):
         yield
+
+
+def inputs_as_they_are(model: Any) -> AbstractContextManager[None]:
+    """Where the base is in 16 bits, keep PEFT from making an fp32 copy of what each adapted layer is given.
+
+    The adapter is in fp32, but autocast computes it in 16 bits anyway. Needed around what computes layers again, too.
+    """
+    from peft.helpers import disable_input_dtype_casting  # here: who only wants IGNORE should not wait for PEFT
+
+    return disable_input_dtype_casting(model, model.dtype.itemsize == 2)
+
+
+def _autocast(model: Any) -> AbstractContextManager[object]:
+    device = cast("torch.device", model.device)
+    half = model.dtype.itemsize == 2
+    return torch.autocast(device.type, model.dtype if half else None, enabled=half)
 
 
 def _states(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.base import device_of, fold, load_model
-from mot_lora.branch import add_adapter, check_liger, check_targets
+from mot_lora.branch import add_adapter, check_targets
 from mot_lora.cards import USUAL, Card, find_card, host_memory, this_card
 from mot_lora.chat import load_tokenizer
 from mot_lora.checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from mot_lora.data import Data, load_data
 from mot_lora.durable import write_record, write_text
 from mot_lora.errors import UserError
 from mot_lora.ledger import read_ledger, read_page, read_run
+from mot_lora.liger import uses_liger
 from mot_lora.loop import Evaluate, Loop, Train
 from mot_lora.merged import resolve
 from mot_lora.need import UnplannableError, Work
@@ -59,7 +60,7 @@ def run(
     """
     device = device_of(config)
     check_trackers(config.branch.report_to)
-    check_liger(config.branch, device)
+    uses_liger(config.branch.liger, device.type == "cuda")
     resolve(config.merge.method)
     checkpoint = Checkpoint.open(config.student, config.trust_remote_code, weights=False)
     check_targets(checkpoint.path, config.lora, config.trust_remote_code)

@@ -1,6 +1,6 @@
 """Teachers' traces and evaluation questions, from the rows of a data source, whatever their columns are called."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,6 +49,26 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def by_length(examples: Sequence[Example], most: int | None, tokens: int | None = None) -> list[list[Example]]:
+    """The examples, longest first, in batches of at most `most`, and of at most so many tokens, padding included. One
+    that has more tokens is a batch by itself.
+
+    >>> [[len(e) for e in batch] for batch in by_length([Example((0,) * n, (0,) * n) for n in (2, 9, 3)], None, 8)]
+    [[9], [3, 2]]
+    """
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=len, reverse=True):
+        last = batches[-1] if batches else []
+        is_full = (
+            len(last) == most or (tokens is not None and (len(last) + 1) * len(last[0]) > tokens) if last else True
+        )
+        if is_full:
+            batches.append([example])
+        else:
+            last.append(example)
+    return batches
 
 
 @dataclass(frozen=True)

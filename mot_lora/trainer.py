@@ -2,70 +2,49 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate.data_loader import SeedableRandomSampler
+import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from mot_lora.chat import collate
+from mot_lora.config import BranchConfig
 from mot_lora.errors import DivergedError, writing
 from mot_lora.interruption import Shield
-from mot_lora.loss import batch_loss, inputs_as_they_are
+from mot_lora.loss import IGNORE, batch_loss
 from mot_lora.offload import Offload
 from mot_lora.progress import Progress
 from mot_lora.rundir import Job
 from mot_lora.savepoint import discard, is_sealed, remember_randomness, seal
+from mot_lora.traces import by_length
 from mot_lora.tracking import open_tracker
 
 
-class ByLength(Sampler[int]):
-    """The Trainer's random order, in which the traces of one step stand by length, longest first.
-
-    So that the batches that a step is cut into hold less padding: the step is the same.
-
-    lengths: [n], in tokens; step: traces in a step.
-
-    >>> sorted(ByLength([5, 9, 7], step=2))
-    [0, 1, 2]
-    """
-
-    def __init__(self, lengths: Sequence[int], step: int) -> None:
-        self.lengths = lengths
-        self.step = step
-        self.order = SeedableRandomSampler(lengths)  # as accelerate makes it where it finds a RandomSampler
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(self.order)
-        for i in range(0, len(order), self.step):
-            yield from sorted(order[i : i + self.step], key=lambda k: self.lengths[k], reverse=True)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """The order to come, as the Trainer calls for it."""
-        self.order.set_epoch(epoch)
-
-
 class BranchTrainer(Trainer):
-    """transformers' Trainer with the chunked loss, offloading, and a step's traces by length; it counts the tokens
-    that it trained on.
+    """transformers' Trainer with the chunked loss and offloading; it counts the tokens that it trained on.
+
+    A batch of the Trainer's is a whole step, a list of examples, which is cut here into batches by length: so which
+    traces a step sees does not depend on how they are cut, and long ones stand with long ones. A model in fp16 has its
+    gradients scaled.
     """
 
-    def __init__(self, *, chunk: int, offload: Offload | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.chunk = chunk
+    def __init__(
+        self, *, settings: BranchConfig, pad_id: int, offload: Offload | None = None, model: PeftModel, **kwargs: Any
+    ) -> None:
+        super().__init__(model=model, data_collator=cast("Any", list), **kwargs)
+        self.settings = settings
+        self.pad_id = pad_id
         self.offload = offload
         self.trained_tokens = 0
-        # the Trainer then hands over the tokens of the whole step and leaves dividing by them to the loss
-        self.model_accepts_loss_kwargs = True
+        if model.dtype == torch.float16:  # by `fp16` the Trainer would wrap the model's forward, anew for each branch
+            self.accelerator.scaler = torch.amp.GradScaler(model.device.type)
 
     @property
     def losses(self) -> list[float]:
@@ -104,28 +83,33 @@ class BranchTrainer(Trainer):
         # embeddings are never trained, and looking for them would ask the Hub
         cast("PeftModel", self.model).save_pretrained(str(output_dir), save_embedding_layers=False)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        step = self.args.gradient_accumulation_steps
-        if step == 1:
-            return super()._get_train_sampler(train_dataset)
-        traces = cast("Sequence[Any]", self.train_dataset if train_dataset is None else train_dataset)
-        return ByLength([len(t) for t in traces], step * self.args.per_device_train_batch_size)
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        with inputs_as_they_are(self.model), self.offload.step() if self.offload else nullcontext():
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(
+    def training_step(
         self,
         model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,  # noqa: ARG002
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        loss, count = batch_loss(self.accelerator.unwrap_model(model).get_base_model(), inputs, self.chunk)
+        inputs: Any,
+        num_items_in_batch: Any = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Forward and backward pass of a whole step, batch by batch: the mean over all its trained tokens."""
+        model.train()
+        base: Any = cast("PeftModel", self.model).get_base_model()
+        batches = by_length(inputs, self.settings.most, self.settings.batch_tokens)
+        count = sum(label != IGNORE for e in inputs for label in e.labels[1:])
+        total = torch.zeros((), device=base.device)
+        for examples in batches:
+            batch = {k: t.to(base.device) for k, t in collate(examples, self.pad_id).items()}
+            with self.offload.step() if self.offload else nullcontext():
+                summed, _ = batch_loss(base, batch, self.settings.loss_chunk)
+                loss = summed / count
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            del summed, loss
         self.trained_tokens += count
-        assert num_items_in_batch is not None
-        return loss / num_items_in_batch
+        return total
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.accelerator.scaler:
+            self.accelerator.scaler.unscale_(cast("Any", self.optimizer).optimizer)
+        return super()._clip_grad_norm(model)
 
 
 class Watch(TrainerCallback):

@@ -21,14 +21,21 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
 
 
-def read_weight(layer: nn.Module) -> Tensor:
-    """The weights that a linear layer computes with, dequantized, [out, in] in fp32."""
+def dense(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A linear layer's weights, dequantized, [out, in] in `dtype`; what is in it already is not copied."""
     weight = cast("Any", layer.weight)
     if isinstance(layer, Linear4bit):
-        return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
+        return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     if isinstance(layer, Linear8bitLt):
-        return bnb.int8_vectorwise_dequant(*_int8(layer)).float()
-    return weight.detach().float()
+        codes, scales = _int8(layer)
+        # multiplied in fp32, and rounded once: nothing of 4 bytes an entry is made on a GPU
+        return torch.mul(codes, scales.float().div(127)[:, None], out=torch.empty_like(codes, dtype=dtype))
+    return weight.detach().to(dtype)
+
+
+def read_weight(layer: nn.Module) -> Tensor:
+    """The weights that a linear layer computes with, dequantized, [out, in] in fp32."""
+    return dense(layer, torch.float32)
 
 
 def write_weight(layer: nn.Module, value: Tensor) -> None:

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from mot_lora import UserError, branch
+from mot_lora import UserError, branch, trainer
 from mot_lora.base import load_model, read_weight
 from mot_lora.branch import add_adapter, reset_adapter, train
 from mot_lora.chat import collate, encode, load_tokenizer
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
 from mot_lora.errors import DivergedError
+from mot_lora.liger import uses_liger
 from mot_lora.loss import IGNORE
 from mot_lora.reader import demo_path
 from mot_lora.records import TrainRecord
@@ -250,15 +251,15 @@ def batches_of(
 ) -> list[list[Example]]:
     """The batches that a branch trains on, in their order."""
     seen: list[list[Example]] = []
-    real = branch.collate
+    real = trainer.collate
 
     def spy(batch: Sequence[Example], pad_id: int) -> Any:
         seen.append(list(batch))
         return real(batch, pad_id)
 
-    monkeypatch.setattr(branch, "collate", spy)
+    monkeypatch.setattr(trainer, "collate", spy)
     train(new_model(path), pad, rows, settings(**changes), seed=11)
-    monkeypatch.setattr(branch, "collate", real)
+    monkeypatch.setattr(trainer, "collate", real)
     return seen
 
 
@@ -287,42 +288,63 @@ def test_a_steps_traces_are_those_of_the_random_order_and_stand_by_length(
     assert padding - tokens < 0.6 * (without - tokens)
 
 
-def test_without_accumulation_the_random_order_stays_as_it_is(
-    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"batch_size": 6, "gradient_accumulation": 1},
+        {"batch_size": 1, "gradient_accumulation": 6},
+        {"batch_size": 3, "gradient_accumulation": 2, "batch_tokens": 90},
+    ],
+)
+def test_which_traces_a_step_sees_does_not_depend_on_how_it_is_cut(
+    qwen3: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    cut: dict[str, Any],
 ) -> None:
-    batches = batches_of(monkeypatch, qwen3, tokenizer, examples, epochs=2, batch_size=4, gradient_accumulation=1)
-    random = SeedableRandomSampler(examples, data_seed=11)
-    want: list[Example] = []
+    rows = examples[:14]
+    batches = batches_of(monkeypatch, qwen3, tokenizer, rows, epochs=2, **cut)
+    random = SeedableRandomSampler(rows, data_seed=11)
     for epoch in range(2):
         random.set_epoch(epoch)
-        want += [examples[k] for k in random]
-    assert [e for b in batches for e in b] == want
+        order = [rows[k] for k in random]
+        for step in (order[:6], order[6:12], order[12:]):
+            taken: list[Example] = []
+            while len(taken) < len(step):
+                batch = batches.pop(0)
+                if tokens := cut.get("batch_tokens"):
+                    assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= tokens
+                else:
+                    assert len(batch) <= cut["batch_size"]
+                taken += batch
+            assert taken == sorted(step, key=len, reverse=True)
+    assert batches == []
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_layers_in_bf16_take_their_inputs_as_they_are(
-    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], quantization: str
+    qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example], quantization: str, dropout: float
 ) -> None:
-    # PEFT would have each adapter in fp32 read a copy of its own, twice as large, here and where layers are computed
-    # again; on a GPU with bitsandbytes it asks autocast itself
-    model = add_adapter(in_bf16(qwen3, quantization), LoraConfig(r=4, alpha=8))
+    model = add_adapter(in_bf16(qwen3, quantization), LoraConfig(r=4, alpha=8, dropout=dropout))
     reset_adapter(model, 0)
-    seen: dict[str, list[tuple[int, torch.dtype]]] = {}
+    seen: dict[str, list[torch.dtype]] = {}
     for name, module in model.get_base_model().named_modules():
         if name.endswith(("_proj", "_proj.lora_A.default")):
 
             def note(_module: Any, args: Any, name: str = name) -> None:
-                seen.setdefault(name, []).append((args[0].data_ptr(), args[0].dtype))
+                seen.setdefault(name, []).append(args[0].dtype)
 
             module.register_forward_pre_hook(note)
     train(model, tokenizer, examples, settings(steps=1), seed=0)
     layers = [name for name in seen if name.endswith("_proj")]
     assert len(layers) == 14
     for name in layers:
-        assert len(seen[name]) == 4  # two batches, forward and again
-        assert seen[f"{name}.lora_A.default"] == seen[name]  # the same memory
-        assert {dtype for _, dtype in seen[name]} == {torch.bfloat16}
-    # an answer is computed outside autocast, where the copy is needed
+        assert seen[name] == [torch.bfloat16] * 4  # two batches, forward and again
+        # PEFT's own way is left to dropout alone
+        assert seen.get(f"{name}.lora_A.default", []) == ([torch.bfloat16] * 4 if dropout else [])
+    # outside, PEFT's copy is made again
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
@@ -510,12 +532,15 @@ def test_the_saved_adapter_is_what_was_trained(
 def test_ligers_kernels_are_refused_where_they_cannot_run(
     qwen3: Path, tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 ) -> None:
-    with pytest.raises(UserError, match=r"^branch\.liger: its kernels need a CUDA GPU, not `cpu`; set it to false$"):
+    with pytest.raises(
+        UserError, match=r"^branch\.liger: its kernels need a CUDA GPU, and the device is `cpu`; set it"
+    ):
         train(new_model(qwen3), tokenizer, examples, settings(liger=True), seed=0)
-    branch.check_liger(settings(liger=False), CPU)
+    assert not uses_liger("off", is_gpu=True)
     if find_spec("liger_kernel") is None:
+        assert not uses_liger("auto", is_gpu=True)
         with pytest.raises(UserError, match=r"^branch\.liger needs .* pip install liger-kernel"):
-            branch.check_liger(settings(liger=True), torch.device("cuda"))
+            uses_liger("on", is_gpu=True)
 
 
 def test_out_of_memory_names_what_is_not_used_yet(examples: list[Example]) -> None:

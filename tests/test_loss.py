@@ -1,5 +1,6 @@
 """The chunked loss against a plain cross entropy over all logits, in value and in gradient."""
 
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,40 @@ def test_the_gradient_is_let_go_of_before_the_layers_go_backward() -> None:
     given.register_hook(lambda _: seen.append(gradient()))
     loss.backward()
     assert seen == [None]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 40), st.integers(1, 50), st.booleans(), st.integers(0, 2**32))
+def test_a_frozen_heads_gradient_is_exact_and_takes_no_graph(n: int, chunk: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    hidden, targets = torch.randn(n, WIDTH, requires_grad=True), torch.randint(VOCABULARY, (n,))
+    head = torch.nn.Linear(WIDTH, VOCABULARY, bias=bias).requires_grad_(False)
+    before = head.weight.clone(), hidden.detach().clone()
+    exact = hidden.detach().double().requires_grad_()
+    z = F.linear(exact, head.weight.double(), head.bias.double() if bias else None)
+    want = F.cross_entropy(z, targets, reduction="sum")
+    loss = chunked_cross_entropy(hidden, head, targets, chunk)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
+    (3 * loss).backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), torch.autograd.grad(3 * want, exact)[0], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_cross_entropy(hidden, head, targets, chunk), loss.detach())
+    assert torch.equal(head.weight, before[0])
+    assert torch.equal(hidden, before[1])
+
+
+def test_sure_and_hopeless_tokens_have_their_gradient() -> None:
+    # softmax - onehot is taken before it is rounded: near 1 it would be lost in 16 bits
+    head = torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    hidden = torch.tensor([[4.0, 0.0], [60.0, 0.0], [-60.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, head, torch.zeros(3, dtype=torch.int64), 2)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-8)) + 120, rel=1e-6)
+    loss.backward()
+    assert hidden.grad is not None
+    want = [-2 / (1 + math.exp(8)), 0.0, -2.0]
+    torch.testing.assert_close(hidden.grad[:, 0].tolist(), want, rtol=1e-2, atol=1e-12)
 
 
 def test_what_the_head_has_and_does_not_use_gets_no_gradient() -> None:
