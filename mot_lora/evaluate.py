@@ -149,7 +149,7 @@ def held_out_losses(
         left = sorted(examples, key=len)
         while left:
             batch = left[: len(next(batches([len(e) for e in left], at_once.most, tokens)))]
-            with at_once.attempt(len(batch)), torch.no_grad():
+            with at_once.attempt(len(batch)), torch.no_grad(), computing(base):
                 ids = {key: value.to(model.device) for key, value in collate(batch, pad).items()}
                 loss, n = batch_loss(base, ids, LOSS_CHUNK)
                 summed, count, done = summed + float(loss), count + n, done + len(batch)
