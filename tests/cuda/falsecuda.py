@@ -193,6 +193,7 @@ def install(card: Card) -> None:
         "_cuda_synchronize": lib.false_synchronize,
         "_cuda_ipc_collect": lambda: None,
         "_cuda_emptyCache": lambda: None,
+        "_accelerator_emptyHostCache": lambda: None,
         "_cuda_memoryStats": stats,
         "_cuda_resetPeakMemoryStats": lambda _: lib.false_reset_peak(),
         "_cuda_resetAccumulatedMemoryStats": lambda _: lib.false_reset_ooms(),
