@@ -52,7 +52,8 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
 
     With K teachers, R rounds and S steps a branch the budget `steps` gives every branch S steps, so that a single
     teacher takes R S and a merge K R S; in `total` everything takes K R S: a single teacher and the union get K S a
-    round. One-shot is one round with R S steps a branch. All rounds run; the stopping rule of the config is put aside.
+    round. One-shot is one round with R S steps a branch. All rounds run; the stopping rule of the config is put aside,
+    and eval.final.
     The loss is on the held-out traces of the config's own teachers in every arm.
 
     Errors: UserError for fewer than two teachers, a length in epochs, and an arm that is not known or lacks something.
@@ -73,7 +74,12 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
         config,
         stop={**config.stop.model_dump(), "patience": None},
         compare={},
-        eval={**config.eval.model_dump(), "branches": False, "traces": config.eval.traces or config.teachers},
+        eval={
+            **config.eval.model_dump(),
+            "branches": False,
+            "final": None,
+            "traces": config.eval.traces or config.teachers,
+        },
     )
     found = (arm for name in known_arms(config) if name in names for arm in _runs(plain, config.compare.noisy, name))
     chosen = [arm for arm in found if set(arm.budgets) & set(budgets)]

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+LONG = 2048  # tokens; each branch is asked for shorter answers alone, unless that is said
 MERGE_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "della", "sce")
 
 
@@ -307,6 +308,20 @@ class RoundMergeConfig(MethodConfig):
         return self.weights in ("validation", "greedy")
 
 
+class FinalConfig(Settings):
+    """What is asked once when the rounds are done: `eval.data`, of the best or the last round's student, with more
+    samples, say. What is not given is as after each round.
+    """
+
+    round: Literal["best", "last"] = "best"
+    samples: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+
+
 class EvalConfig(DataConfig):
     """What is measured after each round: answers to `data`, and the loss on traces held out of training.
 
@@ -319,8 +334,10 @@ class EvalConfig(DataConfig):
     forgetting: dict[Annotated[str, AfterValidator(_folder_name)], str] = {}
     traces: tuple[TeacherConfig, ...] = ()
     limit: int | None = Field(default=None, ge=1)
-    branches: bool = Field(default=True, description="also answer with each teacher's own branch")
-    batch_size: int = Field(default=16, ge=1)
+    branches: bool | None = Field(
+        default=None, description="also measure each teacher's own branch; null: where no answer is longer than 2,048"
+    )
+    batch_size: int = Field(default=16, ge=1, description="questions at once; each may have several samples")
     max_new_tokens: int = Field(default=2048, ge=1)
     samples: int = Field(default=1, ge=1, description="answers a question; the score is avg@n")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
@@ -332,6 +349,7 @@ class EvalConfig(DataConfig):
         description="a trace whose question shares so many words in a row with one of `data` is left out; 0 compares "
         "whole questions",
     )
+    final: FinalConfig | None = None
 
     @field_validator("traces")
     @classmethod
@@ -343,9 +361,29 @@ class EvalConfig(DataConfig):
 
     @model_validator(mode="after")
     def _samples_differ(self) -> "EvalConfig":
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("`samples` above 1 needs a `temperature` above 0: greedy answers are all alike")
+        for where, e in (("", self), ("final.", self.at_last)):
+            if e.samples > 1 and e.temperature == 0:
+                raise ValueError(
+                    f"`{where}samples` above 1 needs a `temperature` above 0: greedy answers are all alike"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _final_has_questions(self) -> "EvalConfig":
+        if self.final and self.data is None:
+            raise ValueError("`final` needs `data`: the questions that are asked")
+        return self
+
+    @property
+    def each_branch(self) -> bool:
+        """Whether each teacher's own branch is measured too."""
+        return self.data is None or self.max_new_tokens <= LONG if self.branches is None else self.branches
+
+    @property
+    def at_last(self) -> "EvalConfig":
+        """With what `final` says."""
+        said = self.final.model_dump(exclude={"round"}, exclude_none=True) if self.final else {}
+        return self.model_copy(update=said)
 
 
 class StopConfig(Settings):

@@ -35,7 +35,7 @@ NOT_DRAWN = "not drawn"
 @dataclass(frozen=True)
 class Data:
     """Everything that the loop reads: examples by teacher, the questions that it reports on, what became of the rows,
-    a fingerprint of each source, and the questions for finding weights and for watching what is forgotten.
+    a fingerprint of each source, and the questions for finding weights, for watching what is forgotten, and of the end.
     """
 
     train: dict[str, list[Example]]
@@ -45,6 +45,7 @@ class Data:
     fingerprints: dict[str, str]
     validation: list[Question]
     forgetting: dict[str, list[Question]]
+    final: list[Question]
 
     @property
     def lengths(self) -> dict[str, list[int]]:
@@ -100,6 +101,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
         fingerprints=fingerprints,
         validation=validation,
         forgetting=dict(zip(e.forgetting, forgetting, strict=True)),
+        final=asked[0][: e.at_last.limit] if e.final else [],
     )
 
 

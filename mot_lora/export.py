@@ -127,6 +127,8 @@ def model_card(chosen: Chosen, kept: str, library: str = "transformers") -> str:
     momentum = f", momentum {merge.momentum:g}" if merge.momentum else ""
     how = f"{merge.method}{density}, scale {_text(merge.scale)}{momentum}"
     rows = [("before", record.before), *((f"after round {r.round}", r.evaluation) for r in record.rounds[:number])]
+    if record.final and record.final.round == number:
+        rows.append((record.final.label, record.final.evaluation))
     table = "\n".join(f"| {name} | {e.accuracy_text} | {e.loss_text} |" for name, e in rows)
     return f"""---
 base_model: {Path(config.student).name if Path(config.student).exists() else config.student}

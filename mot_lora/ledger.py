@@ -4,6 +4,7 @@ import torch
 
 from mot_lora.adapters import load_adapter
 from mot_lora.confidence import ConsensusRecord
+from mot_lora.config import Config
 from mot_lora.durable import DamagedError, read_lines, read_record
 from mot_lora.errors import UserError
 from mot_lora.merge import nesterov
@@ -14,6 +15,7 @@ from mot_lora.rundir import RunDir
 from mot_lora.savepoint import newest, step_of
 
 CONSENSUS = "consensus.json"
+FINAL = ("samples", "temperature", "top_p", "max_new_tokens", "limit")  # of eval.final, what its record says
 
 
 def read_merges(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:
@@ -74,7 +76,18 @@ def read_run(rundir: RunDir) -> RunRecord | None:
         metric=config.metric,
         best=best,
         stopped=stopped,
+        final=rundir.final(),
     )
+
+
+def final_due(config: Config, record: RunRecord) -> int | None:
+    """The round that a run whose rounds are done still has to ask as `eval.final` says; 0 is the student before."""
+    if config.eval.final is None or not record.stopped:
+        return None
+    number = record.best if config.eval.final.round == "best" else len(record.rounds)
+    asked = (number, *(getattr(config.eval.at_last, key) for key in FINAL))
+    done = record.final
+    return None if done and asked == (done.round, *(getattr(done, key) for key in FINAL)) else number
 
 
 def read_state(rundir: RunDir) -> StateRecord:
@@ -90,6 +103,7 @@ def read_state(rundir: RunDir) -> StateRecord:
         begun={name: step_of(found[0]) for name, found in saved.items() if found},
         at_work=rundir.at_work(),
         stopped=record.stopped if record else "",
+        final=final_due(config, record) if record else None,
     )
 
 

@@ -20,7 +20,7 @@ from mot_lora.data import Data
 from mot_lora.durable import DamagedError, hashes, read_record, staged, write_lines, write_record
 from mot_lora.errors import DivergedError, UserError
 from mot_lora.evaluate import evaluate, loss_tokens
-from mot_lora.ledger import read_ledger, read_merges
+from mot_lora.ledger import FINAL, read_ledger, read_merges
 from mot_lora.lowrank import Adapter
 from mot_lora.merge import nesterov, seed_for
 from mot_lora.merged import Merged, combine
@@ -29,6 +29,7 @@ from mot_lora.records import (
     Answer,
     BranchRecord,
     EvaluationRecord,
+    FinalRecord,
     FoldRecord,
     RoundRecord,
     TrainRecord,
@@ -162,7 +163,7 @@ class Loop:
             job=job,
             progress=self.stage(stage),
         )
-        measured, answers = self.measure(stage, adapter=True) if self.config.eval.branches else (None, [])
+        measured, answers = self.measure(stage, adapter=True) if self.config.eval.each_branch else (None, [])
         with staged(self.rundir.branch(number, name)) as folder:
             # embeddings are never trained, and looking for them would ask the Hub
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -232,6 +233,21 @@ class Loop:
             del f  # before the next one is made
         return tallies
 
+    def final(self, number: int) -> None:
+        """Ask the student of a round once more, as `eval.final` says."""
+        device, settings = self.model.device, self.config.eval.at_last
+        ledger = read_ledger(self.rundir, number, device) or [read_merges(self.rundir, 1, device)[0].scaled(0)]
+        for _ in fold(self.model, self.checkpoint, ledger):
+            pass
+        record, answers = self.ask("final", self.data.final, {}, adapter=False, settings=settings)
+        done = FinalRecord(
+            round=number,
+            evaluation=record,
+            files={self.rundir.final_answers.name: write_lines(self.rundir.final_answers, answers)},
+            **{key: getattr(settings, key) for key in FINAL},
+        )
+        write_record(self.rundir.path / "final.json", done)
+
     def measure(self, stage: str, *, adapter: bool) -> tuple[EvaluationRecord, list[Answer]]:
         """Evaluate the student, with or without its adapter; without it also on what it must not forget."""
         record, answers = self.ask(stage, self.data.questions, self.data.held_out, adapter=adapter)
@@ -248,7 +264,13 @@ class Loop:
         return record.model_copy(update=update), answers
 
     def ask(
-        self, stage: str, questions: Sequence[Question], held_out: Mapping[str, Sequence[Example]], *, adapter: bool
+        self,
+        stage: str,
+        questions: Sequence[Question],
+        held_out: Mapping[str, Sequence[Example]],
+        *,
+        adapter: bool,
+        settings: EvalConfig | None = None,
     ) -> tuple[EvaluationRecord, list[Answer]]:
         """Evaluate the student on these questions and traces, with no more memory than training takes."""
         longest = max(max(lengths) for lengths in self.data.lengths.values())
@@ -259,7 +281,7 @@ class Loop:
                 self.tokenizer,
                 questions,
                 held_out,
-                self.config.eval,
+                settings or self.config.eval,
                 seed=seed_for(self.config.seed, "evaluate"),
                 progress=self.stage(stage),
                 **ours,

@@ -213,7 +213,7 @@ class Need:
     def measurements(self) -> tuple[int, int]:
         """How often a student is measured without an adapter, and with one."""
         c = self.config
-        return 1 + c.rounds, c.rounds * len(c.teachers) * c.eval.branches
+        return 1 + c.rounds, c.rounds * len(c.teachers) * c.eval.each_branch
 
     def answering(self, work: Work) -> float | None:
         """Seconds of all the run's answers, where each has max_new_tokens: the next tokens of a batch take what reading

@@ -296,8 +296,32 @@ class RoundRecord(Record):
     files: dict[str, str] = {}
 
 
+class FinalRecord(Record):
+    """How the student of one round did in the end, asked as `eval.final` says; round 0 is the student before.
+
+    `limit` is of the questions; `files` are the sha256 of what lies beside the record.
+    """
+
+    round: int
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    limit: int | None
+    evaluation: EvaluationRecord
+    files: dict[str, str] = {}
+
+    @property
+    def label(self) -> str:
+        """`final: round 3, avg@16`."""
+        who = f"round {self.round}" if self.round else "the student before"
+        return f"final: {who}, avg@{self.samples}"
+
+
 class RunRecord(Record):
-    """A whole run: the student before, every branch and round, which round is best, and why it stopped."""
+    """A whole run: the student before, every branch and round, which round is best, why it stopped, and how the student
+    then did, where `eval.final` asks for that.
+    """
 
     before: EvaluationRecord
     branches: tuple[BranchRecord, ...] = ()
@@ -305,11 +329,18 @@ class RunRecord(Record):
     metric: str
     best: int
     stopped: str
+    final: FinalRecord | None = None
+
+    @property
+    def evaluations(self) -> tuple[EvaluationRecord, ...]:
+        """All that was measured."""
+        parts = (*self.branches, *self.rounds, *([self.final] if self.final else []))
+        return (self.before, *(part.evaluation for part in parts if part.evaluation))
 
 
 class StateRecord(Record):
     """Where a run stands: rounds done and planned; within the round at hand its finished branches, the one that was
-    begun with the steps that it can go on from, and who works on it now.
+    begun with the steps that it can go on from, who works on it now, and the round that eval.final still asks.
     """
 
     rounds_done: int
@@ -318,11 +349,14 @@ class StateRecord(Record):
     begun: dict[str, int]
     at_work: str | None
     stopped: str
+    final: int | None = None
 
     @property
     def line(self) -> str:
         """The state in one line."""
         at_work = f"at work ({self.at_work})" if self.at_work else "not at work"
+        if self.stopped and self.final is not None:
+            return f"{at_work}: {self.stopped}, eval.final is left to do"
         if self.stopped:
             return f"finished: {self.stopped}"
         parts = [f"round {self.rounds_done} of {self.rounds} is done" if self.rounds_done else "no round is done yet"]

@@ -13,6 +13,11 @@ from mot_lora.pieces import page as whole_page
 from mot_lora.records import Answer, DataRecord, EvaluationRecord, RoundRecord, RunRecord, TeacherDataRecord
 
 SHOWN = 2  # answers of each kind
+RESULTS = (
+    "Bold rows are the merged student; the others are each teacher's own branch of that round, before the merge. "
+    "|D|/|W| is the size of the round's update beside the weights. Survived is the share of it that is in the weights "
+    "after rounding: near 1 is good."
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,22 @@ def table_rows(record: RunRecord) -> list[tuple[str, str, tuple[str, ...]]]:
             seconds = f"{r.fold_seconds + r.evaluation.seconds:.0f}"
             label = f"after round {number}{' (best)' if number == record.best else ''}"
             rows.append(("merged", label, cells(r.evaluation, f"{r.fold.relative_norm:.4f}", kept, seconds)))
+    if f := record.final:
+        rows.append(("merged", f.label, cells(f.evaluation, "", "", f"{f.evaluation.seconds:.0f}")))
     return rows
+
+
+def memory_note(record: RunRecord) -> str:
+    """With how many answers or traces at once the student was measured in the end, where memory ran out.
+
+    >>> memory_note(RunRecord(before=EvaluationRecord(at_once={"answers": 4}), metric="loss", best=0, stopped=""))
+    'Memory ran out while the student was measured; it went on with 4 answers at once.'
+    """
+    least: dict[str, int] = {}
+    for what, n in (item for e in record.evaluations for item in e.at_once.items()):
+        least[what] = min(n, least.get(what, n))
+    said = " and ".join(f"{n} {what}" for what, n in least.items())
+    return f"Memory ran out while the student was measured; it went on with {said} at once." if least else ""
 
 
 def _overview(page: Page) -> str:
@@ -93,6 +113,9 @@ def _overview(page: Page) -> str:
         f"Best by {record.metric}": f"round {record.best}" if best else none,
         "Student before": _score(record.before, record.metric),
         "Student of the best round": _score(best.evaluation, record.metric) if best else "",
+        "In the end": f"{record.final.label.removeprefix('final: ')}: {record.final.evaluation.accuracy_text}"
+        if record.final
+        else "",
         "Questions": f"{record.before.questions:,} held out" if record.before.questions else "none asked",
         "Stopped because": record.stopped or "not stopped: rounds are left to do",
         "Device": str(page.environment.get("device", "")),
@@ -107,15 +130,13 @@ def _results(record: RunRecord) -> str:
     rows = [(kind, label.strip(), cells) for kind, label, cells in table_rows(record)]
     first, *others = columns(record)
     shown = [i for i in range(len(others)) if any(cells[i] not in ("", "-") for _, _, cells in rows)]
-    return table(
+    results = table(
         (first, *(others[i] for i in shown)),
         [(kind, name, [cells[i] for i in shown]) for kind, name, cells in rows],
         "Results",
-    ) + note(
-        "Bold rows are the merged student; the others are each teacher's own branch of that round, before the merge. "
-        "|D|/|W| is the size of the round's update beside the weights. Survived is the share of it that is in the "
-        "weights after rounding: near 1 is good."
     )
+    memory = memory_note(record)
+    return f"{results}{note(RESULTS)}{note(memory) if memory else ''}"
 
 
 def _scores(record: RunRecord) -> str:

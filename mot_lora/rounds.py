@@ -21,7 +21,7 @@ from mot_lora.config import Config
 from mot_lora.data import Data, load_data
 from mot_lora.durable import write_record, write_text
 from mot_lora.errors import UserError
-from mot_lora.ledger import read_ledger, read_page, read_run
+from mot_lora.ledger import final_due, read_ledger, read_page, read_run
 from mot_lora.liger import uses_liger
 from mot_lora.loop import Evaluate, Loop, Train
 from mot_lora.merged import resolve
@@ -81,7 +81,7 @@ def run(
         if planned and needs:
             planned(needs)
         record = read_run(rundir)
-        if record is None or not record.stopped:
+        if record is None or not record.stopped or final_due(config, record) is not None:
             progress("load the student", 0, 1)
             model = load_model(checkpoint, config.quantization, device, config.trust_remote_code)
             model = add_adapter(model, config.lora)
@@ -96,6 +96,9 @@ def run(
                     pass
             while not (record := cast("RunRecord", read_run(rundir))).stopped:
                 loop.round(len(record.rounds) + 1)
+            if (number := final_due(config, record)) is not None:
+                loop.final(number)
+                record = cast("RunRecord", read_run(rundir))
         write_text(rundir.path / "report.html", report(read_page(rundir)))
         return record
 
@@ -140,11 +143,11 @@ def stages(config: Config) -> list[str]:
     plan = [f"before, {what}" for what in (*measured, *watched)]
     for number in range(1, config.rounds + 1):
         for teacher in config.teachers:
-            parts = ["train", *(measured if config.eval.branches else [])]
+            parts = ["train", *(measured if config.eval.each_branch else [])]
             plan += [f"round {number}, {teacher.name}, {what}" for what in parts]
         weighed = [f"weigh {t.name}, answer" for t in config.teachers] if config.merge.searched else []
         plan += [f"round {number}, {what}" for what in (*weighed, "fold", *measured, *watched)]
-    return plan
+    return [*plan, "final, answer"] if config.eval.final else plan
 
 
 def _check_context(checkpoint: Checkpoint, data: Data) -> None:

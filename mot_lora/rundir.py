@@ -17,7 +17,7 @@ from mot_lora.config import Config
 from mot_lora.durable import DamagedError, beside, check_files, read_record, write_text
 from mot_lora.errors import UserError, writing
 from mot_lora.reader import NOT_YAML, parse_config
-from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, Record, RoundRecord, SealRecord
+from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, FinalRecord, Record, RoundRecord, SealRecord
 
 R = TypeVar("R", bound=Record)
 
@@ -28,6 +28,7 @@ BEGUN = {"run.lock", "environment.json", "data.json"}
 # Settings that leave finished branches and rounds as they are, so that a run may go on with others.
 MAY_CHANGE = re.compile(
     r"output|rounds|stop\b.*|branch\.(save_steps|offload|report_to(\.\d+)?)|teachers\.\d+\.learning_rate|compare\b.*"
+    r"|eval\.(branches|final\b.*)"
 )
 
 
@@ -64,6 +65,14 @@ class RunDir:
     def before(self) -> EvaluationRecord | None:
         """How the student did before the first round, if that was measured."""
         return read_record(self.path / "before.json", EvaluationRecord)
+
+    @property
+    def final_answers(self) -> Path:
+        return self.path / "final.answers.jsonl"
+
+    def final(self) -> FinalRecord | None:
+        """How the student did in the end, if eval.final was asked."""
+        return read_record(self.path / "final.json", FinalRecord)
 
     def branch_record(self, number: int, teacher: str) -> BranchRecord | None:
         return read_record(self.branch(number, teacher) / "branch.json", BranchRecord)
@@ -105,6 +114,8 @@ class RunDir:
         self.environment()
         if before := self.before():
             check_files(self.path, before.files)
+        if final := self.final():
+            check_files(self.path, final.files)
         for number in range(1, config.rounds + 1):
             record = self.round_record(number)
             for name in (t.name for t in config.teachers):
@@ -136,8 +147,11 @@ class RunDir:
     def _built_on(self, path: Path) -> list[Path]:
         """A part of the run, as it has to be set aside: whole branches, and all rounds after."""
         first, *rest = path.relative_to(self.path).parts
+        final = [p for p in (self.path / "final.json", self.final_answers) if p.exists()]
         if path in (self.path / "before.json", self.before_answers):
             return [p for p in (self.path / "before.json", self.before_answers) if p.exists()]
+        if path in final:
+            return final
         if not first.startswith("round-"):
             return [path]
         begun = self.round(int(first.removeprefix("round-")))
@@ -149,6 +163,7 @@ class RunDir:
             begun / "round.json",
             begun / "answers.jsonl",
             *later,
+            *final,
         ]
         return [p for p in parts if p.exists()]
 

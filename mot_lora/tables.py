@@ -26,7 +26,7 @@ from mot_lora.records import (
     Segment,
     VerifyRecord,
 )
-from mot_lora.report import columns, table_rows
+from mot_lora.report import columns, memory_note, table_rows
 
 if TYPE_CHECKING:
     from mot_lora.harness import HarnessRecord
@@ -87,7 +87,10 @@ def inspect_tables(record: InspectRecord) -> list[Table]:
 def table(record: RunRecord) -> Table:
     """The student before, each teacher's branch and the student after each round."""
     out = Table(
-        title=f"Merge of Thought, {record.before.questions} held-out questions", box=SIMPLE_HEAD, padding=(0, 1)
+        title=f"Merge of Thought, {record.before.questions} held-out questions",
+        caption=memory_note(record) or None,
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
     )
     for i, name in enumerate(columns(record)):
         out.add_column(Text(name), justify="right" if i else "left", no_wrap=True)

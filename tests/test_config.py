@@ -544,7 +544,7 @@ def test_the_template_says_every_setting_that_there_is() -> None:
 def test_what_the_template_says_in_comments_is_the_default() -> None:
     spoken, plain = uncommented(TEMPLATE), yaml.safe_load(TEMPLATE)
     apart = {"report_to", "density", "space", "data", "limit", "split", "subset", "columns", "samples"}
-    apart |= {"validation", "forgetting", "traces", "noisy"}
+    apart |= {"validation", "forgetting", "traces", "noisy", "final"}
     for name, group in GROUPS.items():
         for key in set(spoken[name]) - set(plain.get(name) or {}) - apart - {"temperature", "top_p"}:
             assert spoken[name][key] == group.model_fields[key].default, (name, key)
@@ -926,3 +926,33 @@ def test_no_override_raises_anything_but_a_user_error(
     except UserError as e:
         message = str(e)
     assert message
+
+
+# --- what is measured ----------------------------------------------------------------------------------
+
+
+def test_branches_are_not_asked_for_long_answers_unless_it_is_said() -> None:
+    for said, expected in (
+        ({}, True),  # the loss alone
+        ({"max_new_tokens": 8192}, True),
+        ({"data": "q.jsonl"}, True),
+        ({"data": "q.jsonl", "max_new_tokens": 2048}, True),
+        ({"data": "q.jsonl", "max_new_tokens": 2049}, False),
+        ({"data": "q.jsonl", "max_new_tokens": 2049, "branches": True}, True),
+        ({"data": "q.jsonl", "branches": False}, False),
+    ):
+        e = EvalConfig.model_validate(said)
+        assert e.each_branch is expected
+        assert e.branches is said.get("branches")
+
+
+def test_what_final_does_not_say_is_as_after_each_round() -> None:
+    asked = {"data": "q.jsonl", "limit": 20, "temperature": 0.6, "max_new_tokens": 100, "branches": False}
+    e = EvalConfig.model_validate({**asked, "final": {"samples": 16, "limit": 50, "round": "last"}})
+    assert e.at_last == EvalConfig.model_validate({**asked, "samples": 16, "limit": 50, "final": e.final})
+    assert EvalConfig.model_validate(asked).at_last == EvalConfig.model_validate(asked)
+    with pytest.raises(ValidationError, match=r"`final\.samples` above 1 needs a `temperature` above 0"):
+        EvalConfig.model_validate({"data": "q.jsonl", "final": {"samples": 16}})
+    EvalConfig.model_validate({"data": "q.jsonl", "final": {"samples": 16, "temperature": 1}})
+    with pytest.raises(ValidationError, match="`final` needs `data`"):
+        EvalConfig.model_validate({"final": {}})

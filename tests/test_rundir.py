@@ -228,7 +228,17 @@ def test_where_a_run_logs_may_change_whatever_stood_there_before() -> None:
         "branch.offload",
         "teachers.1.learning_rate",
         "stop.metric",
+        "eval.branches",
+        "eval.final",
+        "eval.final.samples",
     ):
         assert MAY_CHANGE.fullmatch(key)
-    for key in ("branch.steps", "branch.liger", "branch.report_to_all", "teachers.1.learning_rates", "teachers.1"):
+    for key in (
+        "branch.steps",
+        "branch.liger",
+        "branch.report_to_all",
+        "teachers.1.learning_rates",
+        "teachers.1",
+        "eval.samples",
+    ):
         assert not MAY_CHANGE.fullmatch(key)
