@@ -153,7 +153,7 @@ class Need:
                 Part(name=f"keys and values of {asked} answers", bytes=a.cache, phase="answering"),
                 Part(name="their prompts, or next tokens", bytes=a.bytes - a.cache, phase="answering"),
             ]
-        if self.card.is_gpu and (c.eval.branches or c.merge.searched):  # autocast keeps what it made
+        if self.card.is_gpu and (c.eval.each_branch or c.merge.searched):  # autocast keeps what it made
             parts.append(Part(name="adapter in 16 bits", bytes=w.adapter // 2, phase="measuring"))
         parts += [
             Part(name="CUDA and its libraries", bytes=CONTEXT)
