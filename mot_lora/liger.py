@@ -45,11 +45,17 @@ def fused(model: PeftModel) -> Generator[None]:
     places: list[dict[str, Any]] = [m.__dict__ for m in base.modules()]
     places += [vars(sys.modules[name]) for name in sources if name.startswith("transformers.")]
     before = [dict(place) for place in places]
+    changed: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        apply(model=base, **KERNELS)
+        try:
+            apply(model=base, **KERNELS)
+        finally:
+            for place, said in zip(places, before, strict=True):
+                changed += [(place, n, said.get(n, place)) for n, v in place.items() if said.get(n, place) is not v]
         yield
     finally:
-        for place, said in zip(places, before, strict=True):
-            for name in [n for n in place if n not in said]:
+        for place, name, value in changed:
+            if value is place:  # it was not there
                 del place[name]
-            place.update({n: value for n, value in said.items() if callable(value) and place.get(n) is not value})
+            else:
+                place[name] = value
