@@ -1,6 +1,7 @@
 # make demo   the main job, offline, on the embedded student
 # make test   the fast suite;  make test-slow  what takes minutes
 # make check  format, lint, types, floors
+# make gpu    everything once on the GPU that is here; writes tests/benchmarks/gpu_CARD.json, to be committed
 # make notebooks  executes the notebooks and writes them back
 # make smollm2  a real pretrained student on word problems: hours on two cores
 # make compare  the paper's comparison on the demo, five seeds: hours on two cores
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow check notebooks smollm2 compare clean
+.PHONY: demo test test-slow check gpu notebooks smollm2 compare clean
 
 demo: .venv/demo
 	$(BIN)/mot-lora run recipes/quickstart.yaml
@@ -25,6 +26,9 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+gpu: .venv/dev
+	$(BIN)/python tests/benchmarks/gpu.py
 
 notebooks: .venv/dev
 	$(BIN)/python tests/test_notebooks.py

@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+PYTHON = shlex.split(os.environ.get("BENCH_PYTHON", "")) or [sys.executable]  # what runs the steps
 # the driver and its steps all work in one folder, which has these
 BASE, ADAPTERS, ASKED = Path("base"), [Path(f"adapter{i}") for i in range(4)], Path("asked.json")
 RANK, ALPHA = 16, 32
@@ -176,7 +177,7 @@ def run_step(function: Callable[..., Any], settings: dict[str, str] | None = Non
     """One step in a fresh process; the last line that it prints is what it found."""
     subprocess.run(["cat", os.devnull, *BASE.glob("*.safetensors")], stdout=subprocess.DEVNULL, check=True)
     os.sync()
-    command = [sys.executable, __file__, "--step", json.dumps([function.__name__, arguments])]
+    command = [*PYTHON, __file__, "--step", json.dumps([function.__name__, arguments])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(settings or {})}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

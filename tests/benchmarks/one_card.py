@@ -30,6 +30,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -44,6 +45,7 @@ from typing import Any
 # torch and the like are imported in the steps: a child's resident memory starts small
 
 Row = dict[str, Any]
+PYTHON = shlex.split(os.environ.get("BENCH_PYTHON", "")) or [sys.executable]  # what runs the steps
 WIDE = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 131072}
 
 
@@ -73,7 +75,7 @@ GOALS = {("8b", 24.0): 65536, ("14b", 24.0): 32768}  # tokens, by shape and cap
 def device(asked: Row) -> Any:
     import torch
 
-    return torch.device(asked["device"])
+    return torch.device("cuda", 0) if asked["device"] == "cuda" else torch.device("cpu")
 
 
 def dtype(asked: Row) -> Any:
@@ -495,7 +497,7 @@ def child(function: str, given: Row) -> None:
 
 def run_step(function: Callable[..., Row], **given: Any) -> Row:
     """One step in a fresh process."""
-    command = [sys.executable, __file__, "--step", json.dumps([function.__name__, given])]
+    command = [*PYTHON, __file__, "--step", json.dumps([function.__name__, given])]
     # so that glibc gives back at once what is freed, and what is resident is what is held
     tidy = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     settings = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -504,8 +506,9 @@ def run_step(function: Callable[..., Row], **given: Any) -> Row:
     if done.returncode == -9:
         return {"failed": f"{OUT_OF_MEMORY}: killed"}
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        return {"failed": f"exit status {done.returncode}: " + " / ".join(said)}
+        lines = (done.stderr or done.stdout).strip().splitlines() or [""]
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]  # a message may have lines
+        return {"failed": f"exit status {done.returncode}: {(named or lines)[-1][:300]}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
