@@ -542,7 +542,7 @@ def main() -> int:
     stages = report["stages"]
     done = {name for name, row in stages.items() if row["ok"] and row["commit"] == commit and not asked.again}
     work = ROOT / "runs" / f"{target.stem}-{commit}"
-    if asked.again:
+    if asked.again and "quickstart" in wanted:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
 
