@@ -16,9 +16,9 @@ A round is a run of `--round-steps` steps for each of two teachers, their merge 
 questions to answer; `overhead` is the share of its time that is neither a step's forward nor its backward pass.
 
 plain: prepare_model_for_kbit_training as in PEFT's guide to QLoRA (embeddings, head and norms in fp32), get_peft_model,
-transformers' Trainer with activation checkpointing, in bf16 where the GPU has it. plain_lean: the same without
-prepare_model_for_kbit_training. trl: SFTTrainer and what it has by default, except max_length, and except bf16 on a
-CPU. unsloth: its own checkpointing, and SFTTrainer; where it is installed, from a checkpoint on disk.
+transformers' Trainer with activation checkpointing, in bf16, or in fp16 where the GPU has no bf16. plain_lean: the same
+without prepare_model_for_kbit_training. trl: SFTTrainer and what it has by default, except max_length, and except bf16
+on a CPU. unsloth: its own checkpointing, and SFTTrainer; where it is installed, from a checkpoint on disk.
 """
 
 import argparse
@@ -79,11 +79,10 @@ def device(asked: Row) -> Any:
 
 
 def dtype(asked: Row) -> Any:
-    """As `base.load_model` has it."""
-    import torch
+    """What a student computes in there."""
+    from mot_lora.base import dtype_of
 
-    native = asked["device"] == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
+    return dtype_of(device(asked))
 
 
 def architecture(asked: Row) -> Any:
@@ -254,11 +253,17 @@ def settings(asked: Row, tokens: int, chunked: bool = True, checkpointing: bool 
 
 def us(asked: Row, tokens: int, chunked: bool = True, checkpointing: bool = True) -> Row:
     """`branch.train`, and what the plan says of it."""
+    import torch
+
     from mot_lora import branch
+    from mot_lora.attention import needs_repeating, repeat_shared_heads
     from mot_lora.config import LoraConfig
     from mot_lora.traces import Example
 
-    model, meter = branch.add_adapter(student(asked), LoraConfig()), Meter(asked)
+    base = student(asked)
+    if asked["device"] == "cuda" and needs_repeating(torch.cuda.get_device_capability()):
+        repeat_shared_heads(base)  # as `base.load_model` does
+    model, meter = branch.add_adapter(base, LoraConfig()), Meter(asked)
     branch.reset_adapter(model, 0)
     branch.BranchTrainer = meter.on(branch.BranchTrainer)
     ids = tuple(trace(tokens))
@@ -313,6 +318,7 @@ def arguments(asked: Row) -> Row:
         "disable_tqdm": True,
         "use_cpu": asked["device"] == "cpu",
         "bf16": dtype(asked) == torch.bfloat16,
+        "fp16": dtype(asked) == torch.float16,
     }
 
 
@@ -656,7 +662,7 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="also without the chunked loss, and checkpointing")
     parser.add_argument("--longest", action="store_true", help="search for the longest trace of each, to a sixteenth")
     parser.add_argument("--loss-chunk", type=int, default=1024, metavar="N", help="branch.loss_chunk")
-    parser.add_argument("--liger", action="store_true", help="branch.liger")
+    parser.add_argument("--liger", choices=("auto", "on", "off"), default="auto", help="branch.liger")
     parser.add_argument("--round-steps", type=int, default=50, metavar="N", help="of a teacher; 0: no round")
     parser.add_argument("--round-tokens", type=int, default=4096, metavar="N", help="of a trace")
     parser.add_argument("--out", type=Path, default=Path("one_card.json"), metavar="FILE", help="for the figures")
