@@ -114,7 +114,7 @@ def test_all_of_it_runs_on_a_false_gpu_and_goes_on_after_a_kill(gpu: Any, tmp_pa
     assert 0.9 < after["nf4_fold"]["result"]["survived"] < 1.1
     assert after["offload"]["result"] == {"off_by": 0, "two_alike_differ_by": 0}
     first, second = after["nf4_step"]["result"]["losses"]
-    assert second < first - 0.01
+    assert second < first - 0.001
     assert after["quickstart"]["result"]["rounds"][0]["survived"] > 0.9
     assert abs(after["one_card"]["result"]["rows"][0]["plan_over_measured"]) < 0.03
     assert "fold, cold, 2 ahead" in after["fold_memory"]["result"]["measured"]

@@ -193,7 +193,9 @@ def _step(quantization: str, **settings: Any) -> Row:
     record, _ = _trained(quantization, "cuda", **settings)
     peak = torch.cuda.max_memory_allocated()
     losses, known = record.losses, _on_a_cpu()
-    assert max(abs(x - y) for x, y in zip(losses, known, strict=True)) < 0.05, f"{losses}, on a CPU in fp32 {known}"
+    falls = (losses[0] - losses[1]) / (known[0] - known[1])
+    alike = abs(losses[0] - known[0]) < 0.01 and 0.5 < falls < 2
+    assert alike, f"losses {losses}, on a CPU in fp32 {known}"
     return {"losses": losses, "losses_cpu": known, "seconds": record.seconds, "peak_bytes": peak}
 
 
@@ -239,7 +241,7 @@ def _trained(quantization: str, device: str, tokens: int = 0, **settings: Any) -
     model = _student(quantization, device)
     branch.reset_adapter(model, 0)
     ids = tuple(trace(tokens or TOKENS))
-    said = {"steps": 2, "batch_size": 1, "gradient_accumulation": 1, "warmup": 0, "learning_rate": 1e-2}
+    said = {"steps": 2, "batch_size": 1, "gradient_accumulation": 1, "warmup": 0, "learning_rate": 0.1}
     asked = BranchConfig(**said, max_length=len(ids), **settings)
     record = branch.train(model, tokenizer(), [Example(ids, ids)], asked, seed=0)
     parts = [p.detach().float().cpu().flatten() for p in model.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
     python tests/benchmarks/one_card.py --shape 8b --cap-gb 24              # 4k to 64k tokens on a GPU
     python tests/benchmarks/one_card.py --shape 14b --cap-gb 24 --peers plain,trl,unsloth --longest
     python tests/benchmarks/one_card.py --device cpu --shape small --lengths 512,1024 --variants --loss-chunk 256
+    python tests/benchmarks/one_card.py --traffic --lengths 8192       # counted without a device: see traffic.py
 
 The student has the true shapes and random weights, which are quantized to NF4 a layer at a time, on the device. Each
 measurement is a fresh process that takes two optimizer steps on one trace, all of it trained. Measured is the second,
@@ -626,6 +627,37 @@ def show(report: Row) -> None:
         print(f"{t['what']:45}{t['wanted']:>10}{'' if t['got'] is None else format(t['got'], '10.3g'):>12}  {said}")
 
 
+def count(given: argparse.Namespace) -> None:
+    """The traffic and launches of a step, by length and by who trains, as a table and as JSON."""
+    import traffic
+
+    rows, layers = {}, SHAPES[given.shape]["num_hidden_layers"]
+    for tokens in (int(n) for n in given.lengths.split(",")):
+        rows[tokens] = traffic.measure(architecture({"shape": given.shape}), tokens)
+        print(f"{given.shape}, {layers} layers, {tokens} tokens: GB of elementwise work, and launches")
+        print(f"{'':12}{'in all':>10}{'a layer':>10}{'launches':>10}{'a layer':>10}  the largest")
+        for who, row in rows[tokens].items():
+            sizes = f"{row['bytes'] / 1e9:10.0f}{row['layer_bytes'] / 1e9:10.2f}"
+            launches = f"{sum(row['launches'].values()):10}{sum(row['layer_launches'].values()):10}"
+            largest = [f"{name} {n / 1e9:.0f}" for name, n in row["bytes_by_operation"].items()][:6]
+            print(f"{who:12}{sizes}{launches}  {', '.join(largest)}")
+    said = {"command": command_line(), "versions": versions(), "architecture": SHAPES[given.shape], "tokens": rows}
+    given.out.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def command_line() -> str:
+    return shlex.join(["python", "tests/benchmarks/one_card.py", *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "unsloth", "liger-kernel"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {**found, "mot-lora": version("mot-lora")}
+
+
 def draw(report: Row, path: Path) -> None:
     """Peak memory against length, and the plan's."""
     from matplotlib.figure import Figure
@@ -667,10 +699,14 @@ def main() -> None:
     parser.add_argument("--round-tokens", type=int, default=4096, metavar="N", help="of a trace")
     parser.add_argument("--out", type=Path, default=Path("one_card.json"), metavar="FILE", help="for the figures")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="peak memory against length, .svg or .png")
+    parser.add_argument("--traffic", action="store_true", help="count what a step reads and writes, instead")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.step:
         child(*json.loads(given.step))
+        return
+    if given.traffic:
+        count(given)
         return
     lengths, peers = [int(n) for n in given.lengths.split(",")], [p for p in given.peers.split(",") if p]
     if unknown := {*peers} - {"plain", "plain_lean", "trl", "unsloth"}:
@@ -704,25 +740,10 @@ def main() -> None:
             for who in names:
                 rows += [*longest(who, rows, asked)]
         whole = run_step(one_round, asked=asked) if given.round_steps else None
-    packages = (
-        "torch",
-        "transformers",
-        "peft",
-        "trl",
-        "bitsandbytes",
-        "accelerate",
-        "unsloth",
-        "liger-kernel",
-        "mot-lora",
-    )
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
     report = {
-        "command": shlex.join(["python", "tests/benchmarks/one_card.py", *sys.argv[1:]]),
+        "command": command_line(),
         "where": {**where, "cores": os.cpu_count(), "load_before": load, "system": platform.platform()},
-        "versions": versions,
+        "versions": versions(),
         "asked": asked,
         "architecture": SHAPES[given.shape],
         "left_out": left_out,
