@@ -36,6 +36,7 @@ from mot_lora.evaluate import LOSS_CHUNK, AtOnce, held_out_losses, loss_tokens
 from mot_lora.landscape import landscape, points
 from mot_lora.ledger import CONSENSUS, read_consensus, read_ledger, read_run
 from mot_lora.loss import IGNORE, token_log_probs
+from mot_lora.memory import loaded
 from mot_lora.merged import Merged
 from mot_lora.progress import Progress, silent
 from mot_lora.records import EvaluationRecord
@@ -79,9 +80,11 @@ def consensus(run: str | Path, *, traces: int = 8, progress: Progress = silent) 
         raise UserError(f"{run}: is at work ({who}); consensus can be looked at when it has stopped")
     rundir.check(config)
     try:
-        look = _open(rundir, config, traces, progress)
-        confidence, parts, examples = look.students(rounds)
-        landscape = look.landscape(rounds)
+        checkpoint, tokenizer, held_out = _open(rundir, config, traces, progress)
+        with loaded(lambda: _student(config, checkpoint, progress)) as model:
+            look = Look(rundir, config, checkpoint, tokenizer, model, held_out, progress)
+            confidence, parts, examples = look.students(rounds)
+            landscape = look.landscape(rounds)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
@@ -100,7 +103,10 @@ def consensus(run: str | Path, *, traces: int = 8, progress: Progress = silent) 
     return found
 
 
-def _open(rundir: RunDir, config: Config, traces: int, progress: Progress) -> "Look":
+def _open(
+    rundir: RunDir, config: Config, traces: int, progress: Progress
+) -> tuple[Checkpoint, PreTrainedTokenizerBase, dict[str, tuple[Example, ...]]]:
+    """The run's base and its tokenizer, and each teacher's held-out traces, at most so many."""
     checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
     inputs = rundir.environment().get("inputs", {})
     if checkpoint.fingerprint() != inputs.get("student"):
@@ -109,16 +115,19 @@ def _open(rundir: RunDir, config: Config, traces: int, progress: Progress) -> "L
     data = load_data(config, tokenizer, progress)
     if changed := [source for source, said in data.fingerprints.items() if inputs.get(source) != said]:
         raise UserError(f"{changed[0]}: has other rows than when {rundir.path} was begun; bring those back")
-    held_out = {name: examples[:traces] for name, examples in data.held_out.items() if examples}
+    held_out = {name: tuple(examples[:traces]) for name, examples in data.held_out.items() if examples}
     if not held_out:
         raise UserError(f"{rundir.path}: no traces were held out to look at consensus on; eval.holdout is too small")
+    return checkpoint, tokenizer, held_out
+
+
+def _student(config: Config, checkpoint: Checkpoint, progress: Progress) -> PeftModel:
     progress("load the student", 0, 1)
-    model = add_adapter(
-        load_model(checkpoint, config.quantization, device_of(config), config.trust_remote_code), config.lora
-    )
-    model.eval()
+    model = load_model(checkpoint, config.quantization, device_of(config), config.trust_remote_code)
+    peft_model = add_adapter(model, config.lora)
+    peft_model.eval()
     progress("load the student", 1, 1)
-    return Look(rundir, config, checkpoint, tokenizer, model, held_out, progress)
+    return peft_model
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """A run's student on the tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness)."""
 
 import difflib
-import gc
 import tempfile
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +17,7 @@ from mot_lora.durable import read_record, write_record
 from mot_lora.errors import UserError, is_out_of_memory, writing
 from mot_lora.export import Chosen, choose, export
 from mot_lora.hush import Watch, hushed
+from mot_lora.memory import loaded
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Record
 
@@ -236,34 +235,44 @@ def _model(chosen: Chosen, who: str, quantized: bool, batch_size: int, progress:
     """The student or W_0 as lm-eval's model; what was written for it goes away with it."""
     from lm_eval.models.huggingface import HFLM
 
-    config, device = chosen.config, _device(chosen.config.device)
-    make = partial(
-        cast("Any", HFLM), batch_size=batch_size, think_end_token="</think>", trust_remote_code=config.trust_remote_code
-    )
-    on_disk = partial(make, device=str(device), dtype=EXPORTED)
-    try:
+    config, device, stack = chosen.config, _device(chosen.config.device), ExitStack()
+
+    def load() -> "PreTrainedModel":
         if quantized:
-            model = _in_memory(chosen, who, device)
-            yield make(pretrained=model, tokenizer=str(chosen.checkpoint.path))
-        elif who == "base":
-            yield on_disk(pretrained=str(chosen.checkpoint.path))
-        else:
-            run = chosen.rundir.path.resolve()
-            with writing(run.parent):
-                folder = tempfile.TemporaryDirectory(prefix=f".{run.name}.eval-", dir=run.parent)
-            with folder as name:
-                out = Path(name) / "student"
-                export(chosen.rundir.path, out, round=chosen.round, dtype=getattr(torch, EXPORTED), progress=progress)
-                yield on_disk(pretrained=str(out))
+            return _in_memory(chosen, who, device)
+        if who == "base":
+            return _from_disk(chosen.checkpoint.path, device, config.trust_remote_code)
+        run = chosen.rundir.path.resolve()
+        with writing(run.parent):
+            folder = tempfile.TemporaryDirectory(prefix=f".{run.name}.eval-", dir=run.parent)
+        out = Path(stack.enter_context(folder)) / "student"
+        export(chosen.rundir.path, out, round=chosen.round, dtype=getattr(torch, EXPORTED), progress=progress)
+        return _from_disk(out, device, config.trust_remote_code)
+
+    try:
+        with stack, loaded(load) as model:
+            yield cast("Any", HFLM)(
+                pretrained=model,
+                tokenizer=str(chosen.checkpoint.path),
+                batch_size=batch_size,
+                think_end_token="</think>",
+                trust_remote_code=config.trust_remote_code,
+            )
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
         raise UserError(
             f"out of memory ({' '.join(str(e).split())[:160]}); lower --batch-size {batch_size}, or measure --quantized"
         ) from e
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+
+
+def _from_disk(folder: Path, device: torch.device, trust_remote_code: bool) -> "PreTrainedModel":
+    """A checkpoint as `export` writes it, in its dtype."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=EXPORTED, device_map={"": device}, trust_remote_code=trust_remote_code
+    )
 
 
 def _in_memory(chosen: Chosen, who: str, device: torch.device) -> "PreTrainedModel":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
@@ -24,6 +25,7 @@ from mot_lora.errors import UserError
 from mot_lora.ledger import final_due, read_ledger, read_page, read_run
 from mot_lora.liger import uses_liger
 from mot_lora.loop import Evaluate, Loop, Train
+from mot_lora.memory import loaded
 from mot_lora.merged import resolve
 from mot_lora.need import UnplannableError, Work
 from mot_lora.plan import PlanRecord, plan, refusal
@@ -82,25 +84,34 @@ def run(
             planned(needs)
         record = read_run(rundir)
         if record is None or not record.stopped or final_due(config, record) is not None:
-            progress("load the student", 0, 1)
-            model = load_model(checkpoint, config.quantization, device, config.trust_remote_code)
-            model = add_adapter(model, config.lora)
-            for _ in fold(model, checkpoint, read_ledger(rundir, len(record.rounds) if record else 0, device)):
-                pass
-            progress("load the student", 1, 1)
-            loop = Loop(config, rundir, checkpoint, tokenizer, data, model, train, evaluate, progress)
-            if record is None:
-                loop.before()
-                done = len(cast("RunRecord", read_run(rundir)).rounds)  # before.json alone can have been damaged
-                for _ in fold(model, checkpoint, read_ledger(rundir, done, device)):
-                    pass
-            while not (record := cast("RunRecord", read_run(rundir))).stopped:
-                loop.round(len(record.rounds) + 1)
-            if (number := final_due(config, record)) is not None:
-                loop.final(number)
-                record = cast("RunRecord", read_run(rundir))
+            done = len(record.rounds) if record else 0
+            with loaded(lambda: _student(config, rundir, checkpoint, device, done, progress)) as model:
+                loop = Loop(config, rundir, checkpoint, tokenizer, data, model, train, evaluate, progress)
+                if record is None:
+                    loop.before()
+                    done = len(cast("RunRecord", read_run(rundir)).rounds)  # before.json alone can have been damaged
+                    for _ in fold(model, checkpoint, read_ledger(rundir, done, device)):
+                        pass
+                while not (record := cast("RunRecord", read_run(rundir))).stopped:
+                    loop.round(len(record.rounds) + 1)
+                if (number := final_due(config, record)) is not None:
+                    loop.final(number)
+                    record = cast("RunRecord", read_run(rundir))
         write_text(rundir.path / "report.html", report(read_page(rundir)))
         return record
+
+
+def _student(
+    config: Config, rundir: RunDir, checkpoint: Checkpoint, device: torch.device, rounds: int, progress: Progress
+) -> PeftModel:
+    """The student as it is after a run's first rounds, with its one adapter."""
+    progress("load the student", 0, 1)
+    model = load_model(checkpoint, config.quantization, device, config.trust_remote_code)
+    peft_model = add_adapter(model, config.lora)
+    for _ in fold(peft_model, checkpoint, read_ledger(rundir, rounds, device)):
+        pass
+    progress("load the student", 1, 1)
+    return peft_model
 
 
 def preview(

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.autograd._functions import MatmulLtState
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
@@ -74,3 +75,14 @@ def _int8(layer: Linear8bitLt) -> tuple[Tensor, Tensor]:
 def _statistics(state: Any) -> list[Tensor]:
     """What an NF4 weight's codes are scaled by."""
     return [state.absmax, *((state.offset, state.state2.absmax) if state.nested else ())]
+
+
+def release_weight(layer: nn.Module) -> None:
+    """Let go of what a layer's quantized weight is read with; the codes are its parameter."""
+    weight = cast("Any", getattr(layer, "weight", None))
+    if isinstance(layer, Linear4bit) and weight.quant_state is not None:
+        state = weight.quant_state
+        state.absmax = state.offset = state.code = state.state2 = None
+    elif isinstance(layer, Linear8bitLt):
+        weight.CB = weight.SCB = None
+        layer.state = MatmulLtState()
