@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from mot_lora.ahead import ahead
 from mot_lora.attention import needs_repeating, repeat_shared_heads
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
-from mot_lora.errors import UserError, is_out_of_memory
+from mot_lora.errors import NO_MEMORY, UserError, enough_memory, is_out_of_memory
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.weights import quantization_config, read_weight, write_weight
@@ -52,25 +53,16 @@ def load_model(
     Errors: UserError when it does not fit.
     """
     dtype = dtype_of(device)
-    with warnings.catch_warnings(), _without_bars():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path,
-                quantization_config=quantization_config(quantization, dtype),
-                dtype=dtype,
-                device_map={"": device},
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-            reason = " ".join(str(e).split())[:160]
-            raise UserError(
-                f"{checkpoint.name}: out of memory while it was loaded in {quantization} ({reason}); use nf4, or a "
-                "smaller student"
-            ) from e
+    smaller = "a smaller student" if quantization == "nf4" else "quantization: nf4, or a smaller student"
+    free = f"end what else uses {device}, or begin a run with {smaller}"
+    with enough_memory(f"loading {checkpoint.name} in {quantization}", free):
+        model = from_pretrained(
+            checkpoint.path,
+            device,
+            dtype,
+            trust_remote_code,
+            quantization_config=quantization_config(quantization, dtype),
+        )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # its AVX512-BF16 path repacks the weight in place, after which it can be neither read nor trained through
@@ -82,6 +74,48 @@ def load_model(
     said = cast("Any", model.generation_config)
     model.generation_config = GenerationConfig(eos_token_id=said.eos_token_id if said else None)
     return model
+
+
+def from_pretrained(
+    folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False, **settings: Any
+) -> PreTrainedModel:
+    """A checkpoint as transformers loads it, without its bar; what it reports is shown where memory did not run out.
+
+    Errors: torch.OutOfMemoryError, which transformers hides under a report of a traceback for every tensor.
+    """
+    logger, reports = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
+
+    def keep(record: logging.LogRecord) -> bool:
+        reports.append(record)
+        return False
+
+    before = _times_out_of_memory(device)
+    logger.addFilter(keep)
+    try:
+        with warnings.catch_warnings(), _without_bars():
+            warnings.simplefilter("ignore", FutureWarning)
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **settings,
+            )
+    except RuntimeError as e:
+        said = [line for r in reports for line in r.getMessage().splitlines() if NO_MEMORY.search(line)]
+        if not (said or _times_out_of_memory(device) > before or is_out_of_memory(e)):
+            raise
+        reports.clear()
+        raise torch.OutOfMemoryError(next(iter(said), str(e)).strip()) from e
+    finally:
+        logger.removeFilter(keep)
+        for record in reports:
+            logger.handle(record)
+
+
+def _times_out_of_memory(device: torch.device) -> int:
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
 
 
 @contextmanager
@@ -121,8 +155,8 @@ def fold(
     the iterator is consumed. Modules come as they lie on disk, and the next ones are read while one is at work: what is
     in memory is bounded by a few modules, whatever the size of the model and of the ledger.
 
-    Errors: UserError for an update of what is no linear layer of the model, before anything is folded, and for a shard
-    that cannot be read.
+    Errors: UserError for an update of what is no linear layer of the model, before anything is folded, for a shard
+    that cannot be read, and where memory runs out.
 
     >>> survived = [f.change.norm() / f.update.norm() for f in fold(model, checkpoint, ledger)]  # doctest: +SKIP
     """
@@ -143,7 +177,8 @@ def fold(
     modules = sorted(places, key=lambda module: checkpoint.where(f"{module}.weight"))
     with closing(ahead(read, modules, AHEAD)) as stored:
         for module in modules:
-            yield _fold_module(module, layers[module], next(stored), ledger, new)
+            with enough_memory(f"folding {module}", f"end what else uses {model.device}; the same command goes on"):
+                yield _fold_module(module, layers[module], next(stored), ledger, new)
 
 
 def _fold_module(

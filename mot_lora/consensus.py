@@ -31,7 +31,7 @@ from mot_lora.confidence import (
 from mot_lora.config import Config
 from mot_lora.data import load_data
 from mot_lora.durable import sha256, write_record
-from mot_lora.errors import UserError, is_out_of_memory
+from mot_lora.errors import UserError, enough_memory
 from mot_lora.evaluate import LOSS_CHUNK, AtOnce, held_out_losses, loss_tokens
 from mot_lora.landscape import landscape, points
 from mot_lora.ledger import CONSENSUS, read_consensus, read_ledger, read_run
@@ -79,16 +79,15 @@ def consensus(run: str | Path, *, traces: int = 8, progress: Progress = silent) 
     if who := rundir.at_work():
         raise UserError(f"{run}: is at work ({who}); consensus can be looked at when it has stopped")
     rundir.check(config)
-    try:
-        checkpoint, tokenizer, held_out = _open(rundir, config, traces, progress)
-        with loaded(lambda: _student(config, checkpoint, progress)) as model:
-            look = Look(rundir, config, checkpoint, tokenizer, model, held_out, progress)
-            confidence, parts, examples = look.students(rounds)
-            landscape = look.landscape(rounds)
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        raise UserError(f"{run}: out of memory looking at consensus ({' '.join(str(e).split())[:160]})") from e
+    device = device_of(config)
+    checkpoint, tokenizer, held_out = _open(rundir, config, traces, progress)
+    with (
+        enough_memory(f"looking at the consensus of {run}", f"end what else uses {device}"),
+        loaded(lambda: _student(config, checkpoint, device, progress)) as model,
+    ):
+        look = Look(rundir, config, checkpoint, tokenizer, model, held_out, progress)
+        confidence, parts, examples = look.students(rounds)
+        landscape = look.landscape(rounds)
     found = ConsensusRecord(
         basis=basis,
         traces=traces,
@@ -121,9 +120,9 @@ def _open(
     return checkpoint, tokenizer, held_out
 
 
-def _student(config: Config, checkpoint: Checkpoint, progress: Progress) -> PeftModel:
+def _student(config: Config, checkpoint: Checkpoint, device: torch.device, progress: Progress) -> PeftModel:
     progress("load the student", 0, 1)
-    model = load_model(checkpoint, config.quantization, device_of(config), config.trust_remote_code)
+    model = load_model(checkpoint, config.quantization, device, config.trust_remote_code)
     peft_model = add_adapter(model, config.lora)
     peft_model.eval()
     progress("load the student", 1, 1)

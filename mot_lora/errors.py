@@ -1,5 +1,6 @@
 """The one exception for mistakes that the user can mend, and what becomes it."""
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,32 @@ def writing(path: str | Path) -> Generator[None]:
         raise UserError(f"{path}: cannot be written ({reason}): is there space, and a permission?") from e
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch found no memory, on a GPU or in the machine."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+# torch, its CPU allocator, CUDA and the system; cuBLAS, cuDNN and their like
+NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|STATUS_\w*ALLOC\w*_FAILED", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory, on a GPU or in the machine.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    True
+    """
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(f"{type(error).__name__} {error}"))
+
+
+@contextmanager
+def enough_memory(doing: str, do: str) -> Generator[None]:
+    """Memory that runs out, as a UserError that says at what and what to do.
+
+    >>> with enough_memory("", "lower eval.batch_size"):
+    ...     raise MemoryError("no space for an array")
+    Traceback (most recent call last):
+    mot_lora.errors.UserError: out of memory (no space for an array); lower eval.batch_size
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as e:
+        if not is_out_of_memory(e):
+            raise
+        reason = " ".join(str(e).split())[:160]
+        raise UserError(f"out of memory{' ' * bool(doing)}{doing} ({reason or type(e).__name__}); {do}") from e

@@ -14,7 +14,7 @@ import torch
 
 from mot_lora import durable
 from mot_lora.durable import read_record, write_record
-from mot_lora.errors import UserError, is_out_of_memory, writing
+from mot_lora.errors import UserError, enough_memory, writing
 from mot_lora.export import Chosen, choose, export
 from mot_lora.hush import Watch, hushed
 from mot_lora.memory import loaded
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel
 
-EXPORTED = "bfloat16"  # what the exported student and the base beside it are measured in
+EXPORTED = torch.bfloat16  # what the student is exported in, and measured in where the device computes in it
 
 
 class Score(Record):
@@ -103,22 +103,27 @@ def evaluate_run(
 ) -> HarnessRecord:
     """Measure a run's student after a round (the best one unless given) on tasks of lm-eval, and W_0 too with `base`.
 
-    The student is the one that `export` writes, in bf16, from a temporary folder beside the run; `quantized` measures
-    it as the loop has it in memory. `limit` asks only the first questions of each task; `include_path` has tasks of
-    one's own. Of a text with `</think>` what comes after it is the answer. All results of a round are kept in
-    RUN/eval/round-NNN.json, by task and settings, and returned.
+    The student is the one that `export` writes in bf16, from a temporary folder beside the run; a GPU without bf16
+    measures it in fp16. `quantized` measures it as the loop has it in memory. `limit` asks only the first questions of
+    each task; `include_path` has tasks of one's own. Of a text with `</think>` what comes after it is the answer. All
+    results of a round are kept in RUN/eval/round-NNN.json, by task and settings, and returned.
 
     Errors: UserError as in `export`; when lm-eval is not installed, a task is unknown or its data cannot be had.
 
     >>> evaluate_run("runs/quickstart", ["gsm8k"], limit=100).results[0].scores  # doctest: +SKIP
     {'exact_match,strict-match': Score(value=0.31, stderr=0.0465), ...}
     """
+    from mot_lora.base import device_of, dtype_of
+
     chosen = choose(run, round)
     file = chosen.rundir.path / "eval" / f"round-{chosen.round:03d}.json"
+    asked = chosen.config.device  # a student that was trained on a GPU may be measured on a CPU
+    device = device_of(chosen.config.model_copy(update={"device": "cpu" if asked == "cpu" else "auto"}))
+    dtype = EXPORTED if device.type == "cpu" else dtype_of(device)
 
     def measured(who: str) -> dict[str, Any]:
         loaded = _load(manager, tasks)
-        with _model(chosen, who, quantized, batch_size, shown) as lm:
+        with _model(chosen, who, device, None if quantized else dtype, batch_size, shown) as lm:
             Watch(lm, who, shown)
             return _simple_evaluate(
                 lm,
@@ -138,7 +143,7 @@ def evaluate_run(
         results = [
             TaskRecord(
                 task=name,
-                weights=chosen.config.quantization if quantized else EXPORTED,
+                weights=chosen.config.quantization if quantized else str(dtype).removeprefix("torch."),
                 chat_template=chat_template,
                 shots=said["n-shot"].get(name),
                 limit=limit,
@@ -231,48 +236,39 @@ def _scores(row: dict[str, Any]) -> dict[str, Score]:
 
 
 @contextmanager
-def _model(chosen: Chosen, who: str, quantized: bool, batch_size: int, progress: Progress) -> Generator[Any]:
-    """The student or W_0 as lm-eval's model; what was written for it goes away with it."""
+def _model(
+    chosen: Chosen, who: str, device: torch.device, dtype: torch.dtype | None, batch_size: int, progress: Progress
+) -> Generator[Any]:
+    """The student or W_0 as lm-eval's model, in a dtype or, without one, quantized; what was written for it goes away
+    with it.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    config, device, stack = chosen.config, _device(chosen.config.device), ExitStack()
+    from mot_lora.base import from_pretrained
+
+    config, stack = chosen.config, ExitStack()
 
     def load() -> "PreTrainedModel":
-        if quantized:
+        if dtype is None:
             return _in_memory(chosen, who, device)
         if who == "base":
-            return _from_disk(chosen.checkpoint.path, device, config.trust_remote_code)
+            return from_pretrained(chosen.checkpoint.path, device, dtype, config.trust_remote_code)
         run = chosen.rundir.path.resolve()
         with writing(run.parent):
             folder = tempfile.TemporaryDirectory(prefix=f".{run.name}.eval-", dir=run.parent)
         out = Path(stack.enter_context(folder)) / "student"
-        export(chosen.rundir.path, out, round=chosen.round, dtype=getattr(torch, EXPORTED), progress=progress)
-        return _from_disk(out, device, config.trust_remote_code)
+        export(chosen.rundir.path, out, round=chosen.round, dtype=EXPORTED, progress=progress)
+        return from_pretrained(out, device, dtype, config.trust_remote_code)
 
-    try:
-        with stack, loaded(load) as model:
-            yield cast("Any", HFLM)(
-                pretrained=model,
-                tokenizer=str(chosen.checkpoint.path),
-                batch_size=batch_size,
-                think_end_token="</think>",
-                trust_remote_code=config.trust_remote_code,
-            )
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        raise UserError(
-            f"out of memory ({' '.join(str(e).split())[:160]}); lower --batch-size {batch_size}, or measure --quantized"
-        ) from e
-
-
-def _from_disk(folder: Path, device: torch.device, trust_remote_code: bool) -> "PreTrainedModel":
-    """A checkpoint as `export` writes it, in its dtype."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=EXPORTED, device_map={"": device}, trust_remote_code=trust_remote_code
-    )
+    less = f"lower --batch-size {batch_size}, or measure --quantized"
+    with enough_memory("", less), stack, loaded(load) as model:
+        yield cast("Any", HFLM)(
+            pretrained=model,
+            tokenizer=str(chosen.checkpoint.path),
+            batch_size=batch_size,
+            think_end_token="</think>",
+            trust_remote_code=config.trust_remote_code,
+        )
 
 
 def _in_memory(chosen: Chosen, who: str, device: torch.device) -> "PreTrainedModel":
@@ -289,10 +285,6 @@ def _in_memory(chosen: Chosen, who: str, device: torch.device) -> "PreTrainedMod
     for _ in fold(peft_model, chosen.checkpoint, read_ledger(chosen.rundir, chosen.round, device)):
         pass
     return peft_model.unload()
-
-
-def _device(asked: str) -> torch.device:
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _simple_evaluate(lm: Any, **settings: Any) -> dict[str, Any]:

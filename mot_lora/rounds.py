@@ -21,7 +21,7 @@ from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.data import Data, load_data
 from mot_lora.durable import write_record, write_text
-from mot_lora.errors import UserError
+from mot_lora.errors import UserError, enough_memory
 from mot_lora.ledger import final_due, read_ledger, read_page, read_run
 from mot_lora.liger import uses_liger
 from mot_lora.loop import Evaluate, Loop, Train
@@ -85,7 +85,10 @@ def run(
         record = read_run(rundir)
         if record is None or not record.stopped or final_due(config, record) is not None:
             done = len(record.rounds) if record else 0
-            with loaded(lambda: _student(config, rundir, checkpoint, device, done, progress)) as model:
+            with (
+                enough_memory("", f"end what else uses {device}; the same command goes on"),
+                loaded(lambda: _student(config, rundir, checkpoint, device, done, progress)) as model,
+            ):
                 loop = Loop(config, rundir, checkpoint, tokenizer, data, model, train, evaluate, progress)
                 if record is None:
                     loop.before()

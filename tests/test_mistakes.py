@@ -11,6 +11,9 @@ import torch
 import yaml
 from conftest import refused, stored
 
+from mot_lora import UserError
+from mot_lora.errors import enough_memory
+
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -182,3 +185,29 @@ def test_a_run_folder_that_cannot_be_is_named(call: Call, config_file: Path, tmp
         assert "made by mot-lora 9.0, which is newer than this; update mot-lora" in refused(call(*arguments))
     assert "newer than this" in refused(call("run", config_file, f"output={run}"))
     assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "environment.json", "run.lock"]
+
+
+# --- memory that ran out ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_out_of_memory_is_known_by_every_name(error: Exception, is_one: bool) -> None:
+    with pytest.raises(UserError if is_one else type(error)) as e, enough_memory("folding x", "lower y"):
+        raise error
+    if is_one:
+        reason = " ".join(str(error).split()) or "MemoryError"
+        assert str(e.value) == f"out of memory folding x ({reason}); lower y"

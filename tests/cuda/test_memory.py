@@ -1,0 +1,178 @@
+"""A student's memory is free when the work is over, however it ended."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import falsecuda
+import pytest
+import torch
+from conftest import small_update
+from false_gpu import false_gpu
+from test_harness import tasks  # noqa: F401
+
+from mot_lora import UserError, evaluate_run, run
+from mot_lora.base import fold, load_model
+from mot_lora.branch import add_adapter
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.compare import compare
+from mot_lora.config import Config, LoraConfig
+from mot_lora.consensus import consensus
+
+MakeConfig = Callable[..., Config]
+# bitsandbytes keeps four small tables for as long as the process lives
+TABLES = 2048
+SMALL = {"steps": 2, "batch_size": 2, "gradient_accumulation": 2, "max_length": 128, "offload": "on"}
+
+
+def is_free() -> bool:
+    return falsecuda.held() <= TABLES and falsecuda.pinned() == 0
+
+
+@false_gpu()
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_a_run_leaves_nothing_on_the_card(make_config: MakeConfig, tmp_path: Path, quantization: str) -> None:
+    gc.disable()  # cycles are collected when they must be, not by luck
+    made = {"device": "cuda", "quantization": quantization, "branch": SMALL}
+    config = make_config(**made)
+    run(config)
+    assert falsecuda.peak() > 100 * TABLES
+    assert is_free()
+    consensus(config.output, traces=1)
+    assert is_free()
+
+    raised: list[BaseException] = []  # held, as a notebook holds the last one
+    for place in ("before, answer", "round 1, a, train", "round 1, b, answer", "round 1, fold", "round 2, answer"):
+
+        def stop(stage: str, done: int, total: int, *_: Any, place: str = place, **__: Any) -> None:
+            if stage == place and done == total:
+                assert not is_free()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as e:
+            run(make_config(**made, output=str(tmp_path / "stopped")), progress=stop)
+        raised.append(e.value)
+        assert is_free()
+
+    models: list[Any] = []  # also where somebody holds the student itself
+
+    def keep(model: Any, *_: Any, **__: Any) -> Any:
+        models.append(model)
+        raise UserError("lost")
+
+    with pytest.raises(UserError, match="lost"):
+        run(make_config(**made, output=str(tmp_path / "kept")), evaluate=keep)
+    assert models
+    assert is_free()
+
+
+@false_gpu()
+def test_arms_of_a_comparison_have_the_card_to_themselves(make_config: MakeConfig, tmp_path: Path) -> None:
+    gc.disable()
+    begun: list[int] = []
+
+    def watch(stage: str, done: int, *_: Any, **__: Any) -> None:
+        if stage.endswith("load the student") and done == 0:
+            begun.append(falsecuda.held())
+
+    config = make_config(device="cuda", rounds=1, branch=SMALL)
+    compare(config, [0], tmp_path / "compared", ["std", "linear"], ["steps"], progress=watch)
+    assert len(begun) == 3
+    assert all(held <= TABLES for held in begun)
+    assert is_free()
+
+
+@false_gpu()
+def test_a_benchmark_has_one_student_on_the_card_at_a_time(make_config: MakeConfig, tasks: Path) -> None:  # noqa: F811
+    config = make_config(device="cuda", rounds=1, branch=SMALL)
+    run(config)
+    gc.disable()
+    held: dict[str, int] = {}
+
+    def evaluate(progress: Any, **settings: Any) -> None:
+        evaluate_run(
+            config.output,
+            ["choices"],
+            round=1,
+            base=True,
+            include_path=tasks,
+            limit=2,
+            progress=progress,
+            **settings,
+        )
+
+    def watch(stage: str, done: int, *_: Any, **__: Any) -> None:
+        if done == 0:
+            held[stage] = falsecuda.held()
+
+    for quantized in (True, False):
+        evaluate(watch, quantized=quantized)
+        assert held["base, likelihood"] == held["student, likelihood"] > 50 * TABLES
+        assert is_free()
+
+    def stop(stage: str, *_: Any, **__: Any) -> None:
+        if stage == "base, likelihood":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="out of memory") as e:
+        evaluate(stop)
+    assert e.value.__cause__
+    assert is_free()
+
+
+# --- where it ends -------------------------------------------------------------------------------
+
+
+@false_gpu()
+def test_out_of_memory_is_one_line_in_whatever_form_it_comes_and_the_run_goes_on(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(device="cuda", rounds=1, branch={**SMALL, "offload": "off"})
+
+    def full(stage: str, *_: Any, **__: Any) -> None:
+        if stage == "load the student":
+            falsecuda.fail("CUDA out of memory. Tried to allocate 2.00 GiB", after=12)
+
+    capfd.readouterr()
+    with pytest.raises(
+        UserError, match=r"^out of memory loading \S+ in nf4 \(.*CUDA out of memory\. .*\); end what .*"
+    ):
+        run(config, progress=full)
+    assert is_free()
+    assert "REPORT" not in caplog.text + "".join(capfd.readouterr())
+
+    ends = [
+        ("before, loss", "CUDA error: out of memory", True, "out of memory"),
+        (
+            "round 1, a, train",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `f`",
+            False,
+            "round 1, teacher `a`: out of",
+        ),
+        ("round 1, b, answer", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", False, "round 1, teacher `b`: out of memory"),
+        ("round 1, fold", "CUDA error: out of memory", True, "out of memory"),
+    ]
+    for place, message, accelerator, begin in ends:
+        failures = {place: lambda said=(message, accelerator): falsecuda.fail(*said)}
+
+        def watch(stage: str, *_: Any, failures: dict[str, Any] = failures, **__: Any) -> None:
+            failures.pop(stage, bool)()
+
+        with pytest.raises(UserError, match=message) as e:
+            run(config, progress=watch)
+        assert str(e.value).startswith(begin)
+        assert "; " in str(e.value).partition(message)[2]  # what to do
+        assert is_free()
+    assert run(config).stopped == "all rounds are done"
+
+
+@false_gpu()
+def test_a_fold_that_finds_no_memory_names_the_module(qwen3: Path) -> None:
+    checkpoint = Checkpoint.open(qwen3)
+    model = add_adapter(load_model(checkpoint, "nf4", torch.device("cuda", 0)), LoraConfig(r=4))
+    falsecuda.fail("CUDA out of memory. Tried to allocate 2.00 GiB", after=3)
+    with pytest.raises(
+        UserError, match=r"^out of memory folding model\.layers\.\d\.\S+ \(CUDA out .*; end what else uses cuda:0"
+    ):
+        list(fold(model, checkpoint, [small_update(qwen3, 0.01, 0)]))
