@@ -10,6 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from mot_lora.attention import REPEATED
+from mot_lora.traces import batches
+
 Told = Callable[[int], object]  # how many tokens were written since it was last called
 
 READ = 64  # keys are read in multiples of so many tokens, so that kernels see few shapes
@@ -51,28 +54,12 @@ class Decoding:
         return (place if tokens is None else tokens.gather(-1, place))[:, 0]
 
 
-def batches(lengths: Sequence[int], most: int, tokens: int) -> Iterator[list[int]]:
-    """Places by length, in batches of at most so many, and at most so many tokens with padding; long ones alone.
-
-    >>> list(batches([3, 9, 4], most=2, tokens=10))
-    [[0, 2], [1]]
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) == most or (len(batch) + 1) * lengths[i] > tokens):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def decodes(model: Any) -> bool:
     """Whether `decode` is for a model: each layer attends to all tokens before, told where by positions."""
     layers = DynamicCache(config=model.config).layers
     plain = layers and all(type(layer) is DynamicLayer for layer in layers)
     positions = inspect.signature(type(model.base_model).forward).parameters.keys() >= {"position_ids"}
-    return bool(plain and positions and model.config._attn_implementation == "sdpa")
+    return bool(plain and positions and model.config._attn_implementation in ("sdpa", REPEATED))
 
 
 def decode(

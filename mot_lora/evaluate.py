@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora import decode
 from mot_lora.chat import collate, prompt_text
 from mot_lora.config import BranchConfig, EvalConfig
-from mot_lora.decode import Decoding, batches, decodes
+from mot_lora.decode import Decoding, decodes
 from mot_lora.errors import UserError, is_out_of_memory
 from mot_lora.loss import batch_loss, computing
 from mot_lora.merge import seed_for
@@ -22,7 +22,7 @@ from mot_lora.progress import Progress, silent
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.scoring import is_right, mean_score
 from mot_lora.thought import opens_chain
-from mot_lora.traces import Example, Question
+from mot_lora.traces import Example, Question, batches
 
 LOSS_CHUNK = 1024
 # tokens in a batch of several traces: a layer of an 8B student takes some 2 GiB for them, and a GPU is busy with fewer
@@ -37,7 +37,8 @@ def loss_tokens(branch: BranchConfig, longest: int) -> int:
     >>> loss_tokens(BranchConfig(batch_size=4), 1000)
     4000
     """
-    return min(LOSS_TOKENS, branch.batch_size * longest)
+    rows, tokens = branch.largest(longest)
+    return min(LOSS_TOKENS, rows * tokens)
 
 
 class AtOnce:

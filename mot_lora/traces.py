@@ -1,6 +1,6 @@
 """Teachers' traces and evaluation questions, from the rows of a data source, whatever their columns are called."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -51,24 +51,20 @@ class Example:
         return len(self.input_ids)
 
 
-def by_length(examples: Sequence[Example], most: int | None, tokens: int | None = None) -> list[list[Example]]:
-    """The examples, longest first, in batches of at most `most`, and of at most so many tokens, padding included. One
-    that has more tokens is a batch by itself.
+def batches(lengths: Sequence[int], most: int | None, tokens: int | None) -> Iterator[list[int]]:
+    """Places by length, in batches of at most so many, and at most so many tokens with padding; long ones alone.
 
-    >>> [[len(e) for e in batch] for batch in by_length([Example((0,) * n, (0,) * n) for n in (2, 9, 3)], None, 8)]
-    [[9], [3, 2]]
+    >>> list(batches([3, 9, 4], most=2, tokens=10))
+    [[0, 2], [1]]
     """
-    batches: list[list[Example]] = []
-    for example in sorted(examples, key=len, reverse=True):
-        last = batches[-1] if batches else []
-        is_full = (
-            len(last) == most or (tokens is not None and (len(last) + 1) * len(last[0]) > tokens) if last else True
-        )
-        if is_full:
-            batches.append([example])
-        else:
-            last.append(example)
-    return batches
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == most or (tokens is not None and (len(batch) + 1) * lengths[i] > tokens)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

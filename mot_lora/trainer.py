@@ -23,7 +23,7 @@ from mot_lora.offload import Offload
 from mot_lora.progress import Progress
 from mot_lora.rundir import Job
 from mot_lora.savepoint import discard, is_sealed, remember_randomness, seal
-from mot_lora.traces import by_length
+from mot_lora.traces import Example, batches
 from mot_lora.tracking import open_tracker
 
 
@@ -92,11 +92,13 @@ class BranchTrainer(Trainer):
         """Forward and backward pass of a whole step, batch by batch: the mean over all its trained tokens."""
         model.train()
         base: Any = cast("PeftModel", self.model).get_base_model()
-        batches = by_length(inputs, self.settings.most, self.settings.batch_tokens)
-        count = sum(label != IGNORE for e in inputs for label in e.labels[1:])
+        examples = cast("list[Example]", inputs)
+        cut = list(batches([len(e) for e in examples], self.settings.most, self.settings.batch_tokens))
+        count = sum(label != IGNORE for e in examples for label in e.labels[1:])
         total = torch.zeros((), device=base.device)
-        for examples in batches:
-            batch = {k: t.to(base.device) for k, t in collate(examples, self.pad_id).items()}
+        for places in reversed(cut):  # what takes most memory first
+            rows = collate([examples[i] for i in places], self.pad_id)
+            batch = {k: t.to(base.device) for k, t in rows.items()}
             with self.offload.step() if self.offload else nullcontext():
                 summed, _ = batch_loss(base, batch, self.settings.loss_chunk)
                 loss = summed / count

@@ -277,9 +277,7 @@ def test_a_steps_traces_are_those_of_the_random_order_and_stand_by_length(
         for step in (order[:6], order[6:12], order[12:]):
             pairs = [step[i : i + 2] for i in range(0, len(step), 2)]
             taken, batches = batches[: len(pairs)], batches[len(pairs) :]
-            flat = [e for b in taken for e in b]
-            assert sorted(flat, key=lambda e: e.input_ids) == sorted(step, key=lambda e: e.input_ids)
-            assert [len(e) for e in flat] == sorted((len(e) for e in step), reverse=True)
+            assert [e for b in reversed(taken) for e in b] == sorted(step, key=len)
             padding += sum(max(map(len, b)) * len(b) for b in taken)
             without += sum(max(map(len, b)) * len(b) for b in pairs)
     assert batches == []
@@ -310,15 +308,14 @@ def test_which_traces_a_step_sees_does_not_depend_on_how_it_is_cut(
         random.set_epoch(epoch)
         order = [rows[k] for k in random]
         for step in (order[:6], order[6:12], order[12:]):
-            taken: list[Example] = []
-            while len(taken) < len(step):
-                batch = batches.pop(0)
+            taken: list[list[Example]] = []
+            while sum(map(len, taken)) < len(step):
+                taken.append(batch := batches.pop(0))
                 if tokens := cut.get("batch_tokens"):
                     assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= tokens
                 else:
                     assert len(batch) <= cut["batch_size"]
-                taken += batch
-            assert taken == sorted(step, key=len, reverse=True)
+            assert [e for b in reversed(taken) for e in b] == sorted(step, key=len)
     assert batches == []
 
 

@@ -9,7 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM, TopPLogitsWarper
 from transformers.cache_utils import DynamicCache
 
 from mot_lora import decode
-from mot_lora.decode import Decoding, batches, decodes
+from mot_lora.decode import Decoding, decodes
 
 PROMPTS = [[5, 9, 3], [7], [2, 2, 30, 31], [8, 1, 1, 9, 4, 12, 17], [20, 3], [33, 6, 6], [1, 2], [39, 38, 37, 36, 35]]
 STOPS = frozenset({0, 4, 11, 13, 21, 29})
@@ -138,14 +138,6 @@ def test_draws_are_a_matter_of_the_seed_alone() -> None:
     assert how.draws(1) == how.draws(1) != how.draws(2)
     assert how.draws(1) == Decoding(9, STOPS, 1.0).draws(1)[:6]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_batches_hold_as_many_and_as_long_as_they_may() -> None:
-    lengths = [40, 7, 12, 61, 9, 30, 29, 8, 8, 75]
-    cut = [[lengths[i] for i in batch] for batch in batches(lengths, 3, 60)]
-    assert cut == [[7, 8, 8], [9, 12], [29, 30], [40], [61], [75]]
-    assert [len(b) for b in batches(lengths, 3, 10**6)] == [3, 3, 3, 1]
-    assert list(batches([], 3, 60)) == []
 
 
 def test_a_prompt_is_read_as_the_model_reads_it(bases: dict[str, Path]) -> None:

@@ -12,7 +12,7 @@ from mot_lora.columns import GOLD, MESSAGES, QUESTION, REASONING, RESPONSE, ROLE
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
 from mot_lora.thought import chain_of, opens_chain, think
-from mot_lora.traces import Example, Question, Trace, final_part, read_question, read_trace
+from mot_lora.traces import Example, Question, Trace, batches, final_part, read_question, read_trace
 
 WHOLE = "<think>\nso 2\n</think>\n\n2"
 
@@ -587,3 +587,12 @@ def test_the_doc_of_columns_names_every_name_once() -> None:
         assert len(set(names)) == len(names)
         assert all(re.fullmatch(r"[a-z_]+", n) for n in names)
     assert not {*QUESTION} & {*REASONING, *RESPONSE, *GOLD, *WRITTEN, *MESSAGES}
+
+
+def test_batches_hold_as_many_and_as_long_as_they_may() -> None:
+    lengths = [40, 7, 12, 61, 9, 30, 29, 8, 8, 75]
+    cut = [[lengths[i] for i in batch] for batch in batches(lengths, 3, 60)]
+    assert cut == [[7, 8, 8], [9, 12], [29, 30], [40], [61], [75]]
+    assert [len(b) for b in batches(lengths, 3, 10**6)] == [3, 3, 3, 1]
+    assert list(batches([], 3, 60)) == []
+    assert list(batches(lengths, None, None)) == [sorted(range(len(lengths)), key=lambda i: lengths[i])]
