@@ -79,14 +79,14 @@ def decode(
     texts = [list(p) for p in prompts]
     draws: dict[int, list[float]] = {}
     columns = max(map(len, prompts), default=0) + how.max_new_tokens
-    layers: list[_Layer] = []
+    layers: list[Layer] = []
     work: list[int] = []  # by row
     begun = 0
     while begun < len(prompts) or work:
         new = range(begun, min(begun + at_once - len(work), len(prompts)))
         for batch in batches([len(prompts[k]) for k in new], at_once, tokens):
             read = _read(model, [prompts[new[i]] for i in batch])
-            layers = layers or [_Layer(r, min(at_once, len(prompts)), columns) for r in read]
+            layers = layers or [Layer(r, min(at_once, len(prompts)), columns) for r in read]
             for j, i in enumerate(batch):
                 for layer, found in zip(layers, read, strict=True):
                     layer.put(len(work), found, j)
@@ -94,7 +94,7 @@ def decode(
                 draws[new[i]] = how.draws(seeds[new[i]])
             del read
         begun = new.stop
-        logits = _step(model, layers, [texts[k] for k in work])
+        logits = next_logits(model, layers, [texts[k] for k in work])
         at = [len(texts[k]) - len(prompts[k]) for k in work]
         chosen = how.choose(logits, [draws[k][n] for k, n in zip(work, at, strict=True)] if how.temperature else [])
         for k, token in zip(work, chosen.tolist(), strict=True):
@@ -112,7 +112,7 @@ def decode(
                         layer.move(len(work), row)
 
 
-class _Layer(DynamicLayer):
+class Layer(DynamicLayer):
     """A layer's keys and values of all answers at work, a row each: [rows, heads, tokens, width]."""
 
     keys: Any
@@ -153,7 +153,7 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
     return cache.layers
 
 
-def _step(model: Any, layers: Sequence[_Layer], texts: Sequence[Sequence[int]]) -> Tensor:
+def next_logits(model: Any, layers: Sequence[Layer], texts: Sequence[Sequence[int]]) -> Tensor:
     """The logits after the last token of each text, [n, vocabulary]."""
     at = torch.tensor([len(t) - 1 for t in texts], device=model.device)
     rows = torch.arange(len(texts), device=model.device)

@@ -5,41 +5,40 @@ layer by layer as transformers and PEFT do it, while the bytes alive and the ope
 """
 
 import math
+import sys
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.library import custom_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from mot_lora.branch import add_adapter, set_checkpoints
 from mot_lora.config import BranchConfig, LoraConfig
+from mot_lora.decode import Decoding, Layer, next_logits
+from mot_lora.kernels import PRODUCTS, Attention, as_released, fused_without_data, register_attention
 from mot_lora.lora import one_product
 from mot_lora.loss import chunked_cross_entropy
 from mot_lora.offload import NEAR, is_worth_moving
 from mot_lora.weights import quantization_config
 
 FEW = NEAR + 2  # layers, after which one more adds what every other one does
-Attention = Literal["cuda", "repeated", "cpu"]
-"""By which kernel attention is computed, none of which makes a matrix of scores: FlashAttention-2; before Ampere the
-memory-efficient one, which has keys and values once for each head; or the CPU's."""
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,35 @@ def student(
 ) -> Any:
     """The student with its adapter, without data: what `base.load_model` and `branch.add_adapter` make.
 
-    int8 layers are nf4 ones here, and counted twice by `weights`.
-
     Errors: UserError as `add_adapter`; ValueError for a model that transformers does not know.
 
     >>> model = student(Qwen3Config(), "nf4", LoraConfig(), torch.bfloat16, "cuda")  # doctest: +SKIP
     """
-    _register_attention()
-    with torch.device("meta"), warnings.catch_warnings():
+    kind = register_attention(attention)
+    with torch.device("meta"), warnings.catch_warnings(), as_released(_modeling(config)):
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=f"{PLANNED}_{attention}")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
         model.requires_grad_(False)
         if quantization != "none":
-            replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization_config("nf4", dtype))
+            replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization_config(quantization, dtype))
             for module in model.modules():
                 if isinstance(module, Linear4bit):
                     _pack(module, dtype)
-            model.is_loaded_in_4bit = True
+                elif isinstance(module, Linear8bitLt):
+                    codes = torch.empty(module.weight.shape, dtype=torch.int8)
+                    scales = torch.empty(module.out_features)
+                    module.weight = cast("Any", Int8Params)(codes, requires_grad=False, CB=codes, SCB=scales)
+            setattr(model, "is_loaded_in_4bit" if quantization == "nf4" else "is_loaded_in_8bit", True)
         return add_adapter(model, lora)
 
 
-def weights(model: Any, quantization: str) -> Weights:
+def weights(model: Any) -> Weights:
     """What the parameters of a student without data take."""
     layers = others = adapter = parameters = 0
     inner = set[int]()  # the linear layers' weights
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            state = cast("Any", module.weight).quant_state
-            nf4 = sum(t.nbytes for t in (module.weight, state.absmax, state.state2.absmax))
-            layers += nf4 if quantization == "nf4" else 2 * module.weight.nbytes + 4 * module.out_features
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            layers += sum(t.nbytes for t in _tensors(module.weight))
             parameters += module.in_features * module.out_features
             inner.add(id(module.weight))
     adapted = [cast("Any", m) for m in model.modules() if isinstance(m, LoraLayer)]
@@ -123,7 +122,9 @@ def weights(model: Any, quantization: str) -> Weights:
     return Weights(layers, others, adapter, max(m.in_features * m.out_features for m in adapted), parameters)
 
 
-def step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: bool) -> Step:
+def step(
+    model: Any, batch: int, tokens: int, settings: BranchConfig, offload: bool = False, liger: bool = False
+) -> Step:
     """What training on a batch of [batch, tokens] adds to the weights, all its tokens with loss.
 
     Where a model's layers are all alike it is run with a few of them and with one more, and the rest is that
@@ -131,7 +132,7 @@ def step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: b
 
     >>> step(model, 1, 32768, BranchConfig(), offload=True).kept  # doctest: +SKIP
     """
-    take = partial(_step, model, batch, tokens, settings, offload)
+    take = partial(_step, model, batch, tokens, settings, offload, liger)
     layers, alike = _layers(model)
     if not alike or len(layers) <= FEW + 1:
         return take()
@@ -151,13 +152,14 @@ def step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: b
 
 @dataclass(frozen=True)
 class Pass:
-    """What is computed without gradients: the bytes that it adds at most, of which `cache` are keys and values, and its
-    floating-point operations.
+    """What is computed without gradients: the bytes that it adds at most, of which `cache` are keys and values of so
+    many rows, and its floating-point operations.
     """
 
     bytes: int
-    cache: int
     flops: float
+    cache: int = 0
+    rows: int = 1
 
 
 def measure(model: Any, batch: int, tokens: int, chunk: int) -> Pass:
@@ -168,28 +170,33 @@ def measure(model: Any, batch: int, tokens: int, chunk: int) -> Pass:
         with _measuring(model) as live:
             states, every = _trained(_forward(base, batch, tokens).last_hidden_state)
             chunked_cross_entropy(states, base.get_output_embeddings(), every, chunk)
-            return Pass(live.most, 0, live.flops)
+            return Pass(live.most, live.flops)
 
     return _extended(model, take)
 
 
-def answer(model: Any, batch: int, prompt: int, tokens: int) -> Pass:
-    """Answers to padded prompts, [batch, prompt], where all have become `tokens` long: reading the prompts, or the last
-    token with the keys and values of all others. The operations are the last token's.
+def answer(model: Any, rows: int, prompt: int, how: Decoding, read: int) -> Pass:
+    """So many answers at work, each to a prompt of `prompt` tokens and as long as may be, as `decode` writes them:
+    reading prompts, so many tokens at once, or the last token with the keys and values of all others. The operations
+    are the last token's.
     """
-    base = model.get_base_model().eval()
+    base, together = model.get_base_model().eval(), min(rows, max(read // prompt, 1))
+
+    def prompts() -> list[Any]:
+        cache = DynamicCache(config=base.config)
+        _forward(base, together, prompt - 1, cache=cache)
+        return [layer for layer in cast("list[Any]", cache.layers) if layer.is_initialized]
 
     def take() -> Pass:
         with _measuring(model) as live:
-            _forward(base, batch, prompt, torch.empty(batch, 1, prompt, prompt), DynamicCache(config=base.config))
-            read = live.most
-            cache = DynamicCache(config=base.config)
-            _forward(base, batch, tokens - 1, None, cache)
-            live.most, live.flops = live.bytes, 0
-            base.get_output_embeddings()(
-                _forward(base, batch, 1, torch.empty(batch, 1, 1, tokens), cache).last_hidden_state
-            )
-            return Pass(max(read, live.most), live.bytes, live.flops)
+            layers = [Layer(of_prompt, rows, prompt + how.max_new_tokens) for of_prompt in prompts()]
+            cache = live.bytes
+            if together < rows:
+                prompts()
+            read, live.most, live.flops = live.most, live.bytes, 0
+            text = [0] * (prompt + how.max_new_tokens - 1)
+            how.choose(next_logits(base, layers, [text] * rows), [0.5] * rows)
+            return Pass(max(read, live.most), live.flops, cache, rows)
 
     return _extended(model, take)
 
@@ -205,7 +212,7 @@ def _extended(model: Any, take: Callable[[], Pass]) -> Pass:
         two = take()
     rest = len(layers) - 2
     cache, flops = rest * (two.cache - one.cache), rest * (two.flops - one.flops)
-    return Pass(two.bytes + cache, two.cache + cache, two.flops + flops)
+    return Pass(two.bytes + cache, two.flops + flops, two.cache + cache, two.rows)
 
 
 class Live(TorchDispatchMode):
@@ -221,9 +228,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.name() == "bitsandbytes::gemm_4bit":
+        if product := PRODUCTS.get(func.name()):
             with self:
-                return _product(*args, **kwargs)
+                return product(*args, **kwargs)
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -246,7 +253,7 @@ class Live(TorchDispatchMode):
 # --- the step ------------------------------------------------------------------------------------
 
 
-def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: bool) -> Step:
+def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: bool, liger: bool) -> Step:
     base = model.get_base_model()
     set_checkpoints(base, settings)
     base.train()
@@ -254,6 +261,10 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
         warnings.simplefilter("ignore")
         stack.enter_context(torch.device("meta"))
         stack.enter_context(one_product(model))
+        if any(m.p for m in model.modules() if isinstance(m, nn.Dropout)):  # a layer of PEFT's
+            stack.enter_context(_autocast(model))
+        stack.enter_context(as_released(_modeling(base.config)))
+        stack.enter_context(fused_without_data(base) if liger else nullcontext())
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         live = stack.enter_context(Live(_held(model)))
@@ -280,10 +291,10 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
     return Step(kept, host, loss_peak - kept, live.most - kept, live.flops)
 
 
-def _forward(base: Any, batch: int, tokens: int, padding: Tensor | None = None, cache: Any = None) -> Any:
-    """The model without its head on so many tokens, after those in a cache; `padding` is a mask of four dimensions."""
+def _forward(base: Any, batch: int, tokens: int, cache: Any = None) -> Any:
     ids = torch.empty(batch, tokens, dtype=torch.int64)
-    mask = torch.empty(1, 1, 1, 1) if padding is None else padding  # one of four dimensions is taken as it is
+    # a mask of four dimensions is taken as it is, and no attention here looks at it
+    mask = torch.empty(1, 1, 1, 1)
     return base.base_model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, past_key_values=cache)
 
 
@@ -295,26 +306,22 @@ def _trained(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _measuring(model: Any) -> Generator[Live]:
-    """Without gradients, and with the adapter in what autocast makes of it."""
+    released = as_released(_modeling(model.config))
+    with _autocast(model), torch.no_grad(), torch.device("meta"), released, Live(_held(model)) as live:
+        yield live
+
+
+@contextmanager
+def _autocast(model: Any) -> Generator[None]:
+    """With the adapter in what PEFT's layers compute with: in the student's format, as autocast makes it."""
     adapter = [(p, p.data) for p in model.parameters() if p.requires_grad]
     for parameter, data in adapter:
         parameter.data = data.to(model.dtype)
     try:
-        with torch.no_grad(), torch.device("meta"), Live(_held(model)) as live:
-            yield live
+        yield
     finally:
         for parameter, data in adapter:
             parameter.data = data
-
-
-def _product(x: Tensor, codes: Tensor, shape: Any, absmax: Tensor, block: int, kind: str, *rest: Any) -> Tensor:
-    """What a Linear4bit does with many tokens: its weight in x's format, and one product."""
-    ops: Any = torch.ops.bitsandbytes
-    bias, quantized, code, offset = rest
-    scales = ops.dequantize_blockwise(quantized, absmax, code, 256, torch.float32) + offset
-    weight = ops.dequantize_4bit(codes, scales, block, kind, shape, x.dtype)
-    flat = torch.mm(x.flatten(0, -2), weight.t())  # what `linear` would be here, but counted
-    return (flat if bias is None else flat.add_(bias)).unflatten(0, x.shape[:-1])
 
 
 def _pack(layer: Linear4bit, dtype: torch.dtype) -> None:
@@ -342,14 +349,25 @@ def _pack(layer: Linear4bit, dtype: torch.dtype) -> None:
     cast("Any", layer).support_avx512bf16_for_cpu = False
 
 
+def _modeling(config: Any) -> ModuleType:
+    """The module of transformers that has a config's model."""
+    return sys.modules[AutoModelForCausalLM._model_mapping[type(config)].__module__]
+
+
 def _held(model: Any) -> Generator[Tensor]:
     """Every tensor that is there before a step."""
     for tensor in (*model.parameters(), *model.buffers()):
-        yield tensor
+        yield from _tensors(tensor)
         if tensor.grad is not None:
             yield tensor.grad
-        if (state := getattr(tensor, "quant_state", None)) is not None:
-            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
+def _tensors(weight: Any) -> list[Tensor]:
+    """All that a layer's weight has: its entries, and what they are scaled by."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        return [weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    scales = getattr(weight, "SCB", None)
+    return [weight] if scales is None else [weight, scales]
 
 
 def _layers(model: Any) -> tuple[nn.ModuleList, bool]:
@@ -408,75 +426,3 @@ def _offload(moved: list[Moved], dtype: torch.dtype) -> Generator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
-
-
-# --- attention -----------------------------------------------------------------------------------
-
-PLANNED = "planned"
-
-
-@custom_op("mot_lora::attention", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError  # it has shapes alone
-
-
-@_attend.register_fake
-def _(q: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@custom_op("mot_lora::attention_backward", mutates_args=())
-def _attend_backward(q: Tensor, k: Tensor, v: Tensor, expanded: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    raise NotImplementedError
-
-
-@_attend_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, expanded: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    # FlashAttention-2 sums q's gradient in fp32, and writes those of shared keys and values once for each head
-    scratch = [q.new_empty(q.shape, dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)]
-    scratch += [torch.empty_like(q), torch.empty_like(q)] if q.shape[1] != k.shape[1] else []
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), scratch if expanded else []
-
-
-@register_flop_formula(torch.ops.mot_lora.attention)
-def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
-    batch, heads, tokens, width = q
-    seen = tokens if tokens == k[2] else 2 * k[2]  # half of each of the two products is masked, but for a last token
-    return 2 * batch * heads * tokens * seen * width
-
-
-@register_flop_formula(torch.ops.mot_lora.attention_backward)
-def _backward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
-    return 5 * _forward_flops(q, k) // 2
-
-
-class _Flash(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, expanded: bool) -> Tensor:
-        output, sums = _attend(q, k, v)
-        ctx.save_for_backward(q, k, v, output, sums)
-        ctx.expanded = expanded
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        q, k, v, *_rest = ctx.saved_tensors
-        return *_attend_backward(q, k, v, ctx.expanded)[:3], None
-
-
-def _register_attention() -> None:
-    def attend(
-        _: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, repeats: bool, expanded: bool, **__: Any
-    ) -> Any:
-        if repeats or (mask is not None and mask.shape[-1] > 1):  # torch's kernels share no heads where some is masked
-            k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
-        return cast("Tensor", _Flash.apply(q, k, v, expanded)).transpose(1, 2).contiguous(), None
-
-    kinds: Mapping[Attention, Callable[..., Any]] = {
-        "cuda": partial(attend, repeats=False, expanded=True),
-        "repeated": partial(attend, repeats=True, expanded=True),
-        "cpu": partial(attend, repeats=False, expanded=False),
-    }
-    for name, function in kinds.items():
-        AttentionInterface.register(f"{PLANNED}_{name}", function)
-        AttentionMaskInterface.register(f"{PLANNED}_{name}", lambda *_, **__: None)

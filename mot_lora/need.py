@@ -13,11 +13,14 @@ from transformers import AutoConfig
 
 from mot_lora.base import AHEAD
 from mot_lora.cards import CONTEXT, Card
-from mot_lora.config import BranchConfig, Config, LoraConfig
+from mot_lora.config import BranchConfig, Config, EvalConfig, LoraConfig
 from mot_lora.data import Data
+from mot_lora.decode import Decoding
 from mot_lora.errors import UserError
-from mot_lora.evaluate import LOSS_CHUNK, LOSS_TOKENS
-from mot_lora.footprint import Attention, Pass, Step, Weights, answer, measure, step, student, weights
+from mot_lora.evaluate import LOSS_CHUNK, loss_tokens
+from mot_lora.footprint import Pass, Step, Weights, answer, measure, step, student, weights
+from mot_lora.kernels import Attention
+from mot_lora.liger import uses_liger
 from mot_lora.offload import kept_bytes, offloads
 from mot_lora.records import Record
 
@@ -79,7 +82,7 @@ def peak_of(parts: Sequence[Part]) -> int:
 @dataclass(frozen=True)
 class Work:
     """What a run has to do, as far as it is known: the tokens of each teacher's traces and of those held out, and how
-    many questions are asked: to report on, to find weights by, and of each set that must not be forgotten.
+    many questions are asked: to report on, to find weights by, of each set that must not be forgotten, and at last.
     """
 
     lengths: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
@@ -87,13 +90,14 @@ class Work:
     questions: int = 0
     validation: int = 0
     forgetting: Sequence[int] = ()
+    final: int = 0
 
     @staticmethod
     def of(data: Data) -> "Work":
         """What the data of a run has it do."""
         held = [len(e) for examples in data.held_out.values() for e in examples]
         sets = [len(questions) for questions in data.forgetting.values()]
-        return Work(data.lengths, held, len(data.questions), len(data.validation), sets)
+        return Work(data.lengths, held, len(data.questions), len(data.validation), sets, len(data.final))
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,24 @@ class Need:
         attention: Attention = "cpu" if not card.is_gpu else "cuda" if card.bf16 else "repeated"
         return Student(self.architecture, c.quantization, c.lora, card.dtype, attention)
 
+    @property
+    def liger(self) -> bool:
+        """Whether training takes Liger's kernels; those that are asked for need not be on this machine."""
+        asked = self.config.branch.liger
+        return self.card.is_gpu and (asked == "on" or uses_liger(asked, is_gpu=True))
+
     def offload(self, tokens: int) -> bool:
         """Whether layers' inputs are moved to host memory."""
-        batch = self.config.branch.batch_size * tokens
+        batch = math.prod(self.config.branch.largest(tokens))
         return offloads(self.config.branch, self.student.kept(batch), self.card.bytes if self.card.is_gpu else 0)
 
     def step(self, tokens: int) -> Step:
-        """One batch whose traces all have so many tokens."""
+        """The largest batch that is computed at once, where the longest trace has so many tokens."""
+        return self._step(*self.config.branch.largest(tokens), self.offload(tokens))
+
+    def _step(self, batch: int, tokens: int, offload: bool) -> Step:
         b = self.config.branch
-        return self.student.step(b.batch_size, tokens, b.loss_chunk, b.activation_checkpointing, self.offload(tokens))
+        return self.student.step(batch, tokens, b.loss_chunk, b.activation_checkpointing, offload, self.liger)
 
     def parts(self, tokens: int) -> list[Part]:
         """What takes memory, where the longest trace has so many tokens."""
@@ -142,18 +155,19 @@ class Need:
             ),
             Part(name="fold of one layer", bytes=4 * copies * w.largest, phase="folding"),
         ]
+        if c.lora.dropout and self.card.is_gpu:  # autocast keeps what it made of it until a batch's end
+            parts.append(Part(name="adapter in 16 bits", bytes=w.adapter // 2, phase="training"))
         if c.eval.holdout or c.eval.traces:
-            batch = max(tokens, min(c.eval.batch_size * tokens, LOSS_TOKENS))
+            batch = max(tokens, min(c.eval.batch_size * tokens, loss_tokens(c.branch, tokens)))
             losses = self.student.measure(batch, LOSS_CHUNK)
             parts.append(Part(name=f"held-out losses of {batch:,} tokens", bytes=losses.bytes, phase="losses"))
         if c.eval.data or c.eval.forgetting or c.merge.searched:
-            asked = c.eval.batch_size * c.eval.samples
-            a = self.student.answer(asked, PROMPT + c.eval.max_new_tokens)
+            a = max((self._answer(e, tokens) for e in (c.eval, c.eval.at_last)), key=lambda a: a.bytes)
             parts += [
-                Part(name=f"keys and values of {asked} answers", bytes=a.cache, phase="answering"),
+                Part(name=f"keys and values of {a.rows} answers", bytes=a.cache, phase="answering"),
                 Part(name="their prompts, or next tokens", bytes=a.bytes - a.cache, phase="answering"),
             ]
-        if self.card.is_gpu and (c.eval.each_branch or c.merge.searched):  # autocast keeps what it made
+        if self.card.is_gpu and (c.eval.each_branch or c.merge.searched):
             parts.append(Part(name="adapter in 16 bits", bytes=w.adapter // 2, phase="measuring"))
         parts += [
             Part(name="CUDA and its libraries", bytes=CONTEXT)
@@ -166,6 +180,11 @@ class Need:
             Part(name="states to go on from", bytes=2 * 3 * w.adapter, place="disk"),
         ]
         return [p for p in parts if p.bytes]
+
+    def _answer(self, e: EvalConfig, tokens: int) -> Pass:
+        """As many answers as are written at once, where the longest trace has so many tokens."""
+        how = Decoding(e.max_new_tokens, frozenset(), e.temperature, e.top_p)
+        return self.student.answer(e.batch_size * e.samples, how, loss_tokens(self.config.branch, tokens))
 
     def peak(self, tokens: int) -> int:
         """The most that is held on the card, in bytes."""
@@ -197,10 +216,9 @@ class Need:
     def teacher(self, name: str, lengths: Sequence[int], most: int) -> TeacherPlan:
         """What one teacher's branch has to do in a round, where the longest trace of all has `most` tokens."""
         b = self.config.branch
-        batch = b.batch_size * b.gradient_accumulation
-        steps = b.steps or math.ceil((b.epochs or 1) * math.ceil(len(lengths) / batch))
+        steps = b.steps or math.ceil((b.epochs or 1) * math.ceil(len(lengths) / b.traces))
         seen = lengths or [b.max_length]
-        times = steps * batch / len(seen)
+        times = steps * b.traces / len(seen)
         return TeacherPlan(
             teacher=name,
             traces=len(lengths),
@@ -216,22 +234,25 @@ class Need:
         return 1 + c.rounds, c.rounds * len(c.teachers) * c.eval.each_branch
 
     def answering(self, work: Work) -> float | None:
-        """Seconds of all the run's answers, where each has max_new_tokens: the next tokens of a batch take what reading
-        every weight, and keys and values, once takes, or what starting the kernels does.
+        """Seconds of all the run's answers, where each has max_new_tokens: the next tokens of those at work take what
+        reading every weight, and keys and values, once takes, or what starting the kernels does.
         """
-        c, rate = self.config, self.card.gbps
+        c, rate, w = self.config, self.card.gbps, self.student.weights()
         e, (alone, adapted) = c.eval, self.measurements()
-        sets = [(alone + adapted, work.questions), *((alone, n) for n in work.forgetting)]
+        sets = [(alone + adapted, work.questions, e), *((alone, n, e) for n in work.forgetting)]
         if c.merge.searched:
             tried = len(c.teachers) + (len(c.teachers) - 1) * (c.merge.weights == "greedy")
-            sets.append((c.rounds * tried, work.validation))
-        batches = sum(times * math.ceil(n / e.batch_size) for times, n in sets)
-        if rate is None or not batches:
+            sets.append((c.rounds * tried, work.validation, e))
+        sets.append((1, work.final, e.at_last))
+        if rate is None or not any(n for _, n, _ in sets):
             return None
-        w, half = self.student.weights(), PROMPT + e.max_new_tokens // 2
-        read = w.layers + w.others + self.student.answer(e.batch_size * e.samples, half).cache
         starts = LAUNCHES * self.student.config.num_hidden_layers
-        return batches * e.max_new_tokens * max(read / (rate * 1e9), starts)
+        seconds = 0.0
+        for times, n, how in sets:
+            if n:
+                read = w.layers + w.others + self._answer(how, PROMPT).cache // 2  # answers grow
+                seconds += times * math.ceil(n / how.batch_size) * how.max_new_tokens * max(read / (rate * 1e9), starts)
+        return seconds
 
     def losing(self, work: Work) -> float | None:
         """Seconds of all held-out losses."""
@@ -244,7 +265,7 @@ class Need:
         """What training so often on each trace takes, where the longest trace of all has `most` tokens."""
         if self.card.tflops is None:
             return None
-        flops = _along(lengths, lambda n: self.step(n).flops / self.config.branch.batch_size, most)
+        flops = _along(lengths, lambda n: self._step(1, n, self.offload(n)).flops, most)
         return times * flops / (self.card.tflops * 1e12 * EFFICIENCY)
 
 
@@ -281,16 +302,16 @@ class Student:
         return kept_bytes(c.num_hidden_layers, tokens, c.hidden_size, self.dtype.itemsize)
 
     def weights(self) -> Weights:
-        return weights(_model(self), self.quantization)
+        return weights(_model(self))
 
-    def step(self, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool) -> Step:
-        return _step(self, batch, tokens, chunk, checkpointing, offload)
+    def step(self, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool, liger: bool) -> Step:
+        return _step(self, batch, tokens, chunk, checkpointing, offload, liger)
 
     def measure(self, tokens: int, chunk: int) -> Pass:
         return _measure(self, tokens, chunk)
 
-    def answer(self, batch: int, tokens: int) -> Pass:
-        return _answer(self, batch, tokens)
+    def answer(self, rows: int, how: Decoding, read: int) -> Pass:
+        return _answer(self, rows, how, min(read, rows * PROMPT))
 
 
 def _offloading(config: Config, how: Literal["on", "off"]) -> Config:
@@ -312,10 +333,10 @@ def _model(s: Student) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _step(s: Student, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool) -> Step:
+def _step(s: Student, batch: int, tokens: int, chunk: int, checkpointing: bool, offload: bool, liger: bool) -> Step:
     settings = BranchConfig(loss_chunk=chunk, activation_checkpointing=checkpointing)
     with _without_data(s):
-        return step(_model(s), batch, tokens, settings, offload)
+        return step(_model(s), batch, tokens, settings, offload, liger)
 
 
 @lru_cache(maxsize=256)
@@ -325,9 +346,9 @@ def _measure(s: Student, tokens: int, chunk: int) -> Pass:
 
 
 @lru_cache(maxsize=256)
-def _answer(s: Student, batch: int, tokens: int) -> Pass:
+def _answer(s: Student, rows: int, how: Decoding, read: int) -> Pass:
     with _without_data(s):
-        return answer(_model(s), batch, PROMPT, tokens)
+        return answer(_model(s), rows, PROMPT, how, read)
 
 
 @contextmanager

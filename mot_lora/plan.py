@@ -90,11 +90,12 @@ def changes(config: Config, architecture: str, card: Card, tokens: int) -> tuple
     but its rounding, then a smaller rank, then a smaller max_length. Empty where nothing helps.
     """
     b, e = config.branch, config.eval
-    one_by_one = {"batch_size": 1, "gradient_accumulation": b.batch_size * b.gradient_accumulation}
+    one_by_one = {"batch_size": 1, "gradient_accumulation": b.traces}
     settings: list[tuple[bool, str, dict[str, Any]]] = [
         (config.quantization != "nf4", "", {"quantization": "nf4"}),
         (not b.activation_checkpointing, "branch", {"activation_checkpointing": True}),
-        (b.batch_size > 1, "branch", one_by_one),
+        (b.batch_size > 1 and not b.batch_tokens, "branch", one_by_one),
+        ((b.batch_tokens or 0) > tokens, "branch", {"batch_tokens": tokens}),
         (b.offload == "off" and card.is_gpu, "branch", {"offload": "auto"}),
         (b.loss_chunk > SMALL_CHUNK, "branch", {"loss_chunk": SMALL_CHUNK}),
         (e.data is not None and e.batch_size > 1, "eval", {"batch_size": 1}),

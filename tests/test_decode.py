@@ -85,7 +85,7 @@ def test_memory_is_taken_once_and_given_back(bases: dict[str, Path]) -> None:
     with torch.no_grad():
         writing = decode.decode(model, PROMPTS, SEEDS, how, 3, untold, 10**6)
         next(writing)
-        layers = [x for x in gc.get_objects() if type(x) is decode._Layer]
+        layers = [x for x in gc.get_objects() if type(x) is decode.Layer]
         assert len(layers) == model.config.num_hidden_layers
         for layer in layers:
             assert layer.keys.shape == layer.values.shape == (3, 1, 7 + 20, 8)
@@ -94,7 +94,7 @@ def test_memory_is_taken_once_and_given_back(bases: dict[str, Path]) -> None:
         assert [layer.keys.data_ptr() for layer in layers] == kept
         del layers, layer
         writing.close()  # as an interruption does
-    assert not [x for x in gc.get_objects() if type(x) is decode._Layer]
+    assert not [x for x in gc.get_objects() if type(x) is decode.Layer]
 
 
 def test_no_prompts_have_no_answers(bases: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """A step without data takes what the same step takes with data, by torch's own account of its allocations."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from mot_lora.base import load_model
 from mot_lora.branch import add_adapter, reset_adapter
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
+from mot_lora.decode import Decoding
 from mot_lora.errors import UserError
 from mot_lora.footprint import Step, answer, measure, step, student, weights
 from mot_lora.loss import batch_loss, inputs_as_they_are
@@ -107,7 +109,7 @@ def test_so_does_a_step_in_bf16(saved: Path) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_weights_are_counted_to_the_byte(saved: Path, quantization: str) -> None:
-    said = weights(planned(saved, quantization), quantization)
+    said = weights(planned(saved, quantization))
     model = real(saved, quantization)
     base = model.get_base_model()
     assert said.adapter == sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -121,7 +123,8 @@ def test_weights_are_counted_to_the_byte(saved: Path, quantization: str) -> None
                 continue
             seen.add(id(parameter))
             state = getattr(parameter, "quant_state", None)
-            inner = state.absmax.nbytes + state.state2.absmax.nbytes if state else 0
+            of_state = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code) if state else ()
+            inner = sum(t.nbytes for t in of_state)
             scales = parameter.SCB.nbytes if getattr(parameter, "SCB", None) is not None else 0
             if name.endswith("base_layer"):
                 layers += parameter.nbytes + inner + scales
@@ -202,9 +205,11 @@ def test_keys_and_values_are_those_of_every_layer(saved: Path) -> None:
     model = planned(saved, "nf4")
     c = model.config
     keys = 3 * 100 * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * 4
-    said = answer(model, 3, 10, 100)
+    said = answer(model, 3, 10, Decoding(90, frozenset()), 30)
     assert said.cache == keys
     assert keys < said.bytes < 1.6 * keys
+    greedy, drawn = (answer(model, 64, 10, Decoding(9, frozenset(), t, 0.9), 10).bytes for t in (0.0, 1.0))
+    assert drawn > greedy
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -240,3 +245,35 @@ def test_targets_that_match_nothing_are_told() -> None:
             torch.float32,
             "cpu",
         )
+
+
+def test_what_liger_put_into_transformers_is_not_planned_with(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels have no data to work on, and are known by what they keep and take."""
+    before = step(planned(saved, "nf4"), 1, 64, BranchConfig())
+    modeling: Any = sys.modules[type(planned(saved, "nf4").get_base_model()).__module__]
+    norm = next(name for name in vars(modeling) if name.endswith("RMSNorm"))
+
+    class LigerRMSNorm(torch.nn.Module):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("called")
+
+    def liger_rotary_pos_emb(*_: Any) -> Any:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(modeling, norm, LigerRMSNorm)
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", liger_rotary_pos_emb)
+    assert step(planned(saved, "nf4"), 1, 64, BranchConfig()) == before
+    assert answer(planned(saved, "nf4"), 2, 8, Decoding(8, frozenset()), 16).bytes > 0
+    assert getattr(modeling, norm) is LigerRMSNorm  # as somebody else has it
+    assert modeling.apply_rotary_pos_emb is liger_rotary_pos_emb
+
+
+def test_liger_keeps_less(saved: Path) -> None:
+    model = planned(saved, "nf4", torch.bfloat16)
+    settings = BranchConfig(loss_chunk=64, activation_checkpointing=False)
+    plain = step(model, 1, 512, settings)
+    fused = step(model, 1, 512, settings, liger=True)
+    assert fused.kept < 0.8 * plain.kept
+    assert fused.peak < plain.peak
+    assert fused.flops == plain.flops
+    assert step(model, 1, 512, settings) == plain  # and nothing of it stays

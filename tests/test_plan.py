@@ -313,7 +313,7 @@ def test_what_is_measured_takes_memory_and_time() -> None:
     asked = {"data": "q.jsonl", "batch_size": 2, "max_new_tokens": 100}
     both = planned(eval=asked)
     names = {p.name: p.phase for p in both.parts}
-    assert names["held-out losses of 200 tokens"] == "losses"
+    assert names["held-out losses of 100 tokens"] == "losses"
     assert names["keys and values of 2 answers"] == names["their prompts, or next tokens"] == "answering"
     assert names["adapter in 16 bits"] == "measuring"
     assert "held-out losses" not in " ".join(p.name for p in planned(eval={**asked, "holdout": 0}).parts)
@@ -327,6 +327,9 @@ def test_what_is_measured_takes_memory_and_time() -> None:
     for weights, tried in (("validation", 2), ("greedy", 3)):
         longer = planned(eval=weighed, merge={"weights": weights}).answering
         assert longer == pytest.approx(alone.answering + 100 * 5 * LAUNCHES * 2 * tried * 3)
+    final = planned(Work({"a": [100]}, final=6), eval={**asked, "final": {"samples": 3, "temperature": 1}})
+    assert final.answering == pytest.approx(100 * 5 * LAUNCHES * 3)
+    assert "keys and values of 6 answers" in {p.name for p in final.parts}
     # a large student's weights take longer to be read than kernels to be started
     slow = plan(
         config(eval=asked, rounds=1, quantization="none"), architecture("8b"), find_card("T4"), work, search=False
@@ -336,8 +339,11 @@ def test_what_is_measured_takes_memory_and_time() -> None:
 
 
 def test_many_held_out_traces_at_once_are_bounded() -> None:
-    need = Need(config(eval={"batch_size": 64}), architecture("8b"), find_card("RTX 4090"))
-    (name,) = [p.name for p in need.parts(4096) if p.phase == "losses"]
-    assert name == "held-out losses of 16,384 tokens"
-    (name,) = [p.name for p in need.parts(20_000) if p.phase == "losses"]
-    assert name == "held-out losses of 20,000 tokens"
+    def named(tokens: int, **branch: int) -> str:
+        need = Need(config(eval={"batch_size": 64}, branch=branch), architecture("8b"), find_card("RTX 4090"))
+        (name,) = [p.name for p in need.parts(tokens) if p.phase == "losses"]
+        return name
+
+    assert named(4096) == "held-out losses of 4,096 tokens"  # as many as in a step's batch
+    assert named(4096, batch_size=8) == "held-out losses of 16,384 tokens"
+    assert named(20_000, batch_size=8) == "held-out losses of 20,000 tokens"
