@@ -1,6 +1,7 @@
 """The student in memory, quantized; and folding W_0 + the ledger into it."""
 
 import logging
+import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,21 +21,39 @@ from mot_lora.ahead import ahead
 from mot_lora.attention import needs_repeating, repeat_shared_heads
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
+from mot_lora.driver import driver_version, why_unused
 from mot_lora.errors import NO_MEMORY, UserError, enough_memory, is_out_of_memory
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
+from mot_lora.records import DeviceRecord
 from mot_lora.weights import quantization_config, read_weight, write_weight
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast for each int8 product
 
 
 def device_of(config: Config) -> torch.device:
-    """The device that a config asks for, a GPU with its index. Errors: UserError for a GPU where there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device `cuda` was asked for, but torch finds no CUDA GPU; use device=cpu or device=auto")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    """The device that a config asks for, a GPU with its index.
+
+    Errors: UserError for a GPU where there is none, and with `auto` for one that torch cannot use.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a driver that is too old, which is told below
+        found = config.device != "cpu" and torch.cuda.is_available()
+    if found:
+        return torch.device("cuda", torch.cuda.current_device())
+    why = None if config.device == "cpu" else why_unused(driver_version(), torch.version.cuda)
+    if config.device == "cuda":
+        why = why or "torch finds no CUDA GPU"
+        raise UserError(f"device `cuda` was asked for, but {why}; device=cpu does without")
+    if why:
+        raise UserError(f"device `auto`: {why}; device=cpu does without")
+    return torch.device("cpu")
+
+
+def describe(device: torch.device) -> DeviceRecord:
+    """A device, and what a student computes in there."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    return DeviceRecord(kind=device.type, name=name, dtype=str(dtype_of(device)).removeprefix("torch."))
 
 
 def dtype_of(device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.arms import BOTH, PAPER, Arm, placed
+from mot_lora.base import device_of
 from mot_lora.comparison import ArmRun, Budget
 from mot_lora.config import Config
 from mot_lora.durable import check_files, staged, write_record
@@ -47,6 +48,9 @@ def compare(
     """
     if (Path(out) / "config.yaml").exists():
         raise UserError(f"{out}: is a run; choose another folder for the comparison")
+    kind = device_of(config).type
+    for file in sorted(Path(out).glob("seed-*/*/environment.json")):
+        RunDir(file.parent).check_device(config.device, kind)
     for seed in seeds:
         chosen = placed(config, seed, out, names, budgets)
         for arm in chosen:
@@ -109,9 +113,9 @@ def _who(seed: int, arm: Arm) -> str:
 
 def borrow(config: Config, others: Sequence[RunDir]) -> None:
     """Copy what another run has finished that would come out the same here: how the student did before, and branches
-    of the first round. Only from runs with the same inputs; what is there is left.
+    of the first round. Only from runs with the same inputs, on the same kind of device; what is there is left.
     """
-    rundir, asked = RunDir(Path(config.output)), config.model_dump(mode="json")
+    rundir, asked, kind = RunDir(Path(config.output)), config.model_dump(mode="json"), device_of(config).type
     inputs = rundir.environment()["inputs"]
     for other in others:
         found = other.config().model_dump(mode="json")
@@ -119,14 +123,15 @@ def borrow(config: Config, others: Sequence[RunDir]) -> None:
         longest = found["branch"]["max_length"] == asked["branch"]["max_length"]  # of the held-out traces too
         if not longest or any(found[k] != asked[k] for k in BEFORE) or _differ(theirs, inputs):
             continue
-        if rundir.before() is None and (before := other.before()):
+        if rundir.before() is None and other.kind == kind and (before := other.before()):
             check_files(other.path, before.files)
             shutil.copyfile(other.before_answers, rundir.before_answers)
             write_record(rundir.path / "before.json", before)
         for teacher in asked["teachers"] if all(found[k] == asked[k] for k in BRANCH) else ():
             name = teacher["name"]
             record = other.branch_record(1, name) if teacher in found["teachers"] else None
-            if record and rundir.branch_record(1, name) is None:
+            on = record.device.kind if record and record.device else other.kind
+            if record and on == kind and rundir.branch_record(1, name) is None:
                 check_files(other.branch(1, name), record.files)
                 with staged(rundir.branch(1, name)) as folder:
                     shutil.copytree(other.branch(1, name), folder, dirs_exist_ok=True)

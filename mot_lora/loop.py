@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_lora.adapters import load_adapter
 from mot_lora.agreement import layer_of, tally
-from mot_lora.base import FoldedModule, fold
+from mot_lora.base import FoldedModule, describe, fold
 from mot_lora.branch import load_weights, reset_adapter
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, EvalConfig, PerModule, TeacherConfig
@@ -142,6 +142,7 @@ class Loop:
             layers={layer: FoldRecord.of(add_tallies(rows)) for layer, rows in layers.items()},
             modules={module: FoldRecord.of(row) for module, row in tallies.items()},
             fold_seconds=seconds,
+            device=describe(self.model.device),
             evaluation=record,
             files=files,
         )
@@ -173,6 +174,7 @@ class Loop:
                 teacher=name,
                 learning_rate=settings.learning_rate,
                 train=took,
+                device=describe(self.model.device),
                 evaluation=measured,
                 files=hashes(folder),
             )

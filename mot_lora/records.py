@@ -62,6 +62,19 @@ class Answer(Record):
     score: float
 
 
+class DeviceRecord(Record):
+    """What was computed on, `cpu` or `cuda` with its name, and in which format of numbers."""
+
+    kind: str
+    name: str
+    dtype: str
+
+    @property
+    def text(self) -> str:
+        """`NVIDIA GeForce RTX 4090 in bfloat16`."""
+        return f"{self.name} in {self.dtype}"
+
+
 class TrainRecord(Record):
     """What training a branch took: optimizer steps, trained tokens, mean loss in nats a token, seconds.
 
@@ -82,6 +95,7 @@ class BranchRecord(Record):
     teacher: str
     learning_rate: float
     train: TrainRecord
+    device: DeviceRecord | None = None
     evaluation: EvaluationRecord | None = None
     files: dict[str, str] = {}
 
@@ -292,6 +306,7 @@ class RoundRecord(Record):
     layers: dict[str, FoldRecord]
     modules: dict[str, FoldRecord]
     fold_seconds: float
+    device: DeviceRecord | None = None
     evaluation: EvaluationRecord
     files: dict[str, str] = {}
 

@@ -109,6 +109,7 @@ def _overview(page: Page) -> str:
     record = page.record
     best = next((r for r in record.rounds if r.round == record.best), None)
     none = "no round beats the student before" if record.rounds else "no round is finished"
+    devices = dict.fromkeys(part.device.text for part in (*record.branches, *record.rounds) if part.device)
     return facts({
         f"Best by {record.metric}": f"round {record.best}" if best else none,
         "Student before": _score(record.before, record.metric),
@@ -118,7 +119,7 @@ def _overview(page: Page) -> str:
         else "",
         "Questions": f"{record.before.questions:,} held out" if record.before.questions else "none asked",
         "Stopped because": record.stopped or "not stopped: rounds are left to do",
-        "Device": str(page.environment.get("device", "")),
+        "Device": ", then ".join(devices) or str(page.environment.get("device", "")),
     })  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
-from mot_lora.base import device_of, fold, load_model
+from mot_lora.base import describe, device_of, fold, load_model
 from mot_lora.branch import add_adapter, check_targets
 from mot_lora.cards import USUAL, Card, find_card, host_memory, this_card
 from mot_lora.chat import load_tokenizer
@@ -60,7 +60,8 @@ def run(
     >>> run(load_config("recipes/quickstart.yaml")).best  # doctest: +SKIP
     4
     """
-    device = device_of(config)
+    device, rundir = device_of(config), RunDir(Path(config.output))
+    rundir.check_device(config.device, device.type)
     check_trackers(config.branch.report_to)
     uses_liger(config.branch.liger, device.type == "cuda")
     resolve(config.merge.method)
@@ -71,7 +72,6 @@ def run(
     _check_context(checkpoint, data)
     needs = _check_fit(config, checkpoint, data, this_card(device), force)
     checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
-    rundir = RunDir(Path(config.output))
     with rundir.lock():
         if repair:
             rundir.repair(config)
@@ -191,8 +191,11 @@ def _check_fit(config: Config, checkpoint: Checkpoint, data: Data, card: Card, f
 def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> dict[str, Any]:
     """What a run is done with: versions, machine, and the fingerprints of everything it reads."""
     packages = ("mot-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    on = describe(device)
     return {
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": on.name,
+        "kind": on.kind,
+        "dtype": on.dtype,
         "inputs": {"student": checkpoint.fingerprint(), **data.fingerprints},
     }

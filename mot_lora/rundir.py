@@ -25,9 +25,10 @@ FORMAT = 1  # of run folders; a newer one is refused
 SEAL = "sealed.json"  # what makes a checkpoint within a branch whole
 # What a run that was killed while it began can have left.
 BEGUN = {"run.lock", "environment.json", "data.json"}
+CPUS = re.compile(r"cpu|x86_64|i\d86|aarch64|arm.*|(amd|intel)64.*", re.IGNORECASE)  # as Python names processors
 # Settings that leave finished branches and rounds as they are, so that a run may go on with others.
 MAY_CHANGE = re.compile(
-    r"output|rounds|stop\b.*|branch\.(save_steps|offload|report_to(\.\d+)?)|teachers\.\d+\.learning_rate|compare\b.*"
+    r"output|device|rounds|stop\b.*|branch\.(save_steps|offload|report_to(\.\d+)?)|teachers\.\d+\.learning_rate|compare\b.*"
     r"|eval\.(branches|final\b.*)"
 )
 
@@ -108,6 +109,27 @@ class RunDir:
         if not isinstance(made[0], int) or made[0] > FORMAT:
             raise UserError(f"{self.path}: made by mot-lora {made[1]}, which is newer than this; update mot-lora")
         return found
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of device that the run was begun on, `cpu` or `cuda`; None for none yet."""
+        said = self.environment()
+        if "kind" in said or "device" not in said:
+            return said.get("kind")
+        return "cpu" if CPUS.fullmatch(str(said["device"])) else "cuda"  # older runs have the name alone
+
+    def check_device(self, asked: str, kind: str) -> None:
+        """Errors: UserError where the run was begun on another kind of device than this, which `auto` has chosen."""
+        try:
+            begun = self.kind
+        except DamagedError:  # `check` tells
+            return
+        if asked == "auto" and begun and begun != kind:
+            name = self.environment()["device"]
+            raise UserError(
+                f"{self.path}: was begun on {begun} ({name}), and here device `auto` is {kind}; bring that device "
+                f"back, or go on with device={kind}"
+            )
 
     def check(self, config: Config) -> None:
         """Read every finished part. Errors: DamagedError for the first file that is not as it was written."""

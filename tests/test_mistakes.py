@@ -12,7 +12,10 @@ import yaml
 from conftest import refused, stored
 
 from mot_lora import UserError
+from mot_lora.base import device_of
+from mot_lora.driver import driver_version, why_unused
 from mot_lora.errors import enough_memory
+from mot_lora.reader import parse_config
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -66,7 +69,7 @@ def test_a_setting_that_cannot_be_is_told_before_any_work(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_told(refusal: Callable[..., str]) -> None:
-    assert "torch finds no CUDA GPU; use device=cpu" in refusal("device=cuda")
+    assert "torch finds no CUDA GPU; device=cpu does without" in refusal("device=cuda")
 
 
 ROW = {"question": "1 + 1 = ?", "answer": "2"}
@@ -184,7 +187,56 @@ def test_a_run_folder_that_cannot_be_is_named(call: Call, config_file: Path, tmp
     for arguments in (("show", run), ("report", run), ("export", run, "--out", tmp_path / "out")):
         assert "made by mot-lora 9.0, which is newer than this; update mot-lora" in refused(call(*arguments))
     assert "newer than this" in refused(call("run", config_file, f"output={run}"))
-    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "environment.json", "run.lock"]
+    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "environment.json"]
+
+
+# --- a GPU that cannot be used ---------------------------------------------------------------------------
+
+KERNEL = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (root@host)\nGCC version: 12.2.0\n"
+)
+
+
+def test_a_driver_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    file = tmp_path / "proc/driver/nvidia/version"
+    assert driver_version(tmp_path) is None
+    file.parent.mkdir(parents=True)
+    file.write_text(KERNEL.format("535.104.05"))
+    assert driver_version(tmp_path) is None  # a container that was given no GPU
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    assert driver_version(tmp_path) == "535.104.05"
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 550.54\necho 550.54\n")
+    smi.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda _: str(smi))
+    assert driver_version(tmp_path / "dev") == "550.54"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert driver_version(tmp_path / "dev") is None
+
+    old = "the NVIDIA driver 535.104.05 cannot run torch's CUDA 13.0: update it to 580 or newer"
+    assert why_unused("535.104.05", "13.0") == old
+    assert "torch finds no GPU, although there is the NVIDIA driver 580.65.06" in (
+        why_unused("580.65.06", "13.0") or ""
+    )
+    assert "finds no GPU" in (why_unused("535.104.05", "12.8") or "")  # new enough for that
+    for nothing in (why_unused(None, "13.0"), why_unused("535.104.05", None)):
+        assert nothing is None
+
+    monkeypatch.setattr("mot_lora.base.driver_version", lambda: "535.104.05")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = {"student": "s", "teachers": [{"name": "a", "data": "a.jsonl"}]}
+    for asked, begin in (("auto", "device `auto`: "), ("cuda", "device `cuda` was asked for, but ")):
+        with pytest.raises(UserError) as e:
+            device_of(parse_config({**here, "device": asked}, "test"))
+        assert str(e.value) == f"{begin}{old}; device=cpu does without"
+    assert device_of(parse_config({**here, "device": "cpu"}, "test")).type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # GPUs are hidden on purpose
+    assert device_of(parse_config(here, "test")).type == "cpu"
 
 
 # --- memory that ran out ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -119,6 +120,42 @@ def test_a_run_with_nothing_finished_takes_other_settings(tmp_path: Path) -> Non
     run.begin(config(seed=7), {**INPUTS, "inputs": {"student": "other"}})
     assert run.config().seed == 7
     assert run.environment()["inputs"] == {"student": "other"}
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ({"device": "NVIDIA GeForce RTX 4090", "kind": "cuda", "dtype": "bfloat16"}, "cuda"),
+        ({"device": "x86_64", "kind": "cpu", "dtype": "float32"}, "cpu"),
+        ({"device": "Tesla T4"}, "cuda"),  # as runs before had it
+        ({"device": "NVIDIA A100-SXM4-40GB"}, "cuda"),
+        ({"device": "x86_64"}, "cpu"),
+        ({"device": "arm"}, "cpu"),
+        ({"device": "Intel64 Family 6 Model 154 Stepping 3, GenuineIntel"}, "cpu"),
+        ({"device": platform.processor() or "cpu"}, "cpu"),
+        ({}, None),
+    ],
+)
+def test_a_run_goes_on_on_its_kind_of_device_unless_another_is_asked_for(
+    tmp_path: Path, said: dict[str, str], kind: str | None
+) -> None:
+    run = RunDir(tmp_path)
+    run.check_device("auto", "cpu")  # nothing was begun
+    run.begin(config(), {**INPUTS, **said})
+    write_record(run.path / "before.json", EvaluationRecord())
+    assert run.kind == kind
+    for here in ("cpu", "cuda"):
+        if kind in (None, here):
+            run.check_device("auto", here)
+        else:
+            with pytest.raises(UserError) as e:
+                run.check_device("auto", here)
+            assert str(e.value) == (
+                f"{tmp_path}: was begun on {kind} ({said['device']}), and here device `auto` is {here}; bring that "
+                f"device back, or go on with device={here}"
+            )
+            run.check_device(here, here)
+        run.begin(config(device=here), {**INPUTS, **said})
 
 
 def test_other_files_are_refused_and_named(tmp_path: Path) -> None:

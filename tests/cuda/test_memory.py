@@ -1,6 +1,7 @@
 """A student's memory is free when the work is over, however it ended."""
 
 import gc
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from mot_lora import UserError, evaluate_run, run
 from mot_lora.base import fold, load_model
 from mot_lora.branch import add_adapter
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.compare import compare
+from mot_lora.compare import borrow, compare
 from mot_lora.config import Config, LoraConfig
 from mot_lora.consensus import consensus
+from mot_lora.rundir import RunDir
 
 MakeConfig = Callable[..., Config]
 # bitsandbytes keeps four small tables for as long as the process lives
@@ -174,3 +176,33 @@ def test_a_fold_that_finds_no_memory_names_the_module(qwen3: Path) -> None:
         UserError, match=r"^out of memory folding model\.layers\.\d\.\S+ \(CUDA out .*; end what else uses cuda:0"
     ):
         list(fold(model, checkpoint, [small_update(qwen3, 0.01, 0)]))
+
+
+# --- and where the device is another ---------------------------------------------------------------------
+
+
+@false_gpu()
+def test_a_run_does_not_go_on_on_another_device_unless_told_to(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"rounds": 2, "branch": SMALL | {"offload": "off"}}
+    run(make_config(**{**short, "rounds": 1}, device="auto"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # after a reconnect
+    said = r"was begun on cuda \(NVIDIA GeForce RTX 4090\), and here device `auto` is cpu; .* go on with device=cpu$"
+    with pytest.raises(UserError, match=said):
+        run(make_config(**short, device="auto"))
+    record = run(make_config(**short, device="cpu"))
+    on = [r.device.text for r in record.rounds if r.device]
+    assert on == ["NVIDIA GeForce RTX 4090 in bfloat16", f"{platform.processor() or 'cpu'} in float32"]
+    assert [b.device and b.device.kind for b in record.branches] == ["cuda", "cuda", "cpu", "cpu"]
+    assert ", then ".join(on) in (tmp_path / "run" / "report.html").read_text()
+
+    # what was made on the GPU is not borrowed for an arm on the CPU
+    other = make_config(**short, device="cpu", output=str(tmp_path / "other"))
+    run(other, started=lambda _: borrow(other, [RunDir(tmp_path / "run")]))
+    for name in ("a", "b"):
+        made, taken = (RunDir(tmp_path / run).branch_record(1, name) for run in ("run", "other"))
+        assert made
+        assert taken
+        assert taken.device
+        assert (taken.device.kind, taken.files != made.files) == ("cpu", True)
