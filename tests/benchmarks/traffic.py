@@ -6,11 +6,10 @@ nothing; what picks entries reads those alone. A launch is an operation that com
 more. Two layers are run and three, and every further layer adds their difference.
 """
 
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mot_lora import footprint
+from mot_lora import footprint, kernels
 from mot_lora.config import BranchConfig, LoraConfig
 
 Row = dict[str, Any]
@@ -52,9 +51,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.name() == "bitsandbytes::gemm_4bit":
+        if product := kernels.PRODUCTS.get(func.name()):
             with self:
-                return footprint._product(*args, **kwargs)
+                return product(*args, **kwargs)
         result = func(*args, **kwargs)
         space, _, name = func._schema.name.partition("::")
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
@@ -107,8 +106,8 @@ def us(config: Any, tokens: int, liger: bool) -> Traffic:
     """Ours: a LoRA layer as one product, the loss in chunks."""
     model = footprint.student(config, "nf4", LoraConfig(), torch.bfloat16, "cuda")
     traffic = Traffic()
-    with fused(model, traffic) if liger else nullcontext(), traffic:
-        footprint._step(model, 1, tokens, BranchConfig(), False)
+    with liger_kernels(traffic), traffic:
+        footprint.step(model, 1, tokens, BranchConfig(), liger=liger)
     return traffic
 
 
@@ -166,55 +165,44 @@ def trl_kernels(traffic: Traffic) -> Iterator[None]:
 
 
 @contextmanager
-def fused(model: Any, traffic: Traffic) -> Iterator[None]:
-    """Within it norms, gated MLPs and rotary embeddings read and write what Liger's kernels do: each tensor once."""
+def liger_kernels(traffic: Traffic) -> Iterator[None]:
+    """What Liger's kernels read and write, as the plan has them: each tensor once, some over what they are given."""
 
-    class Norm(torch.autograd.Function):
+    class Norm(kernels._Norm):
         @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-            ctx.save_for_backward(x, scale)
-            traffic.add("Liger's norm", 2 * size(x) + size(scale))
-            return y
+        def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+            traffic.add("Liger's norm", 2 * size(x) + 4 * x[..., 0].numel())
+            return super(Norm, Norm).forward(ctx, weight, x)
 
         @staticmethod
-        def backward(ctx: Any, *_: Tensor) -> Tensor:
-            x, scale = ctx.saved_tensors
-            traffic.add("Liger's norm, backward", 3 * size(x) + size(scale))
-            return torch.empty_like(x)
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            traffic.add("Liger's norm, backward", 3 * size(grads[0]) + 4 * grads[0][..., 0].numel())
+            return super(Norm, Norm).backward(ctx, *grads)
 
-    class Gate(torch.autograd.Function):
+    class Rotate(kernels._Rotate):
         @staticmethod
-        def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-            ctx.save_for_backward(gate, up)
-            traffic.add("Liger's swiglu", 3 * size(gate))
-            return torch.empty_like(gate)
-
-        @staticmethod
-        def backward(ctx: Any, *_: Tensor) -> Any:
-            gate, up = ctx.saved_tensors  # their gradients take their places
-            traffic.add("Liger's swiglu, backward", 5 * size(gate))
-            return gate, up
-
-    class Rope(torch.autograd.Function):
-        @staticmethod
-        def forward(_: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-            traffic.add("Liger's rope", 2 * (size(q) + size(k)) + size(cos) + size(sin))
-            return torch.empty_like(q), torch.empty_like(k)
+        def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+            ctx.angles = size(cos) + size(sin)
+            traffic.add("Liger's rope", 2 * (size(q) + size(k)) + ctx.angles)
+            return super(Rotate, Rotate).forward(ctx, q, k, cos, sin)
 
         @staticmethod
-        def backward(_: Any, *grads: Tensor) -> Any:
-            traffic.add("Liger's rope, backward", 2 * sum(map(size, grads)))
-            return *grads, None, None
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            traffic.add("Liger's rope, backward", 2 * sum(map(size, grads)) + ctx.angles)
+            return super(Rotate, Rotate).backward(ctx, *grads)
 
-    base = model.get_base_model()
-    for module in base.modules():
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
-            module.forward = Norm.apply
-        elif kind.endswith("MLP"):
-            module.forward = lambda x, m=module: m.down_proj(Gate.apply(m.gate_proj(x), m.up_proj(x)))
-    with patch.object(sys.modules[type(base).__module__], "apply_rotary_pos_emb", Rope.apply):
+    class Gate(kernels._Gate):
+        @staticmethod
+        def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+            traffic.add("Liger's swiglu", 3 * size(a))
+            return super(Gate, Gate).forward(ctx, a, b)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            traffic.add("Liger's swiglu, backward", 5 * size(grads[0]))
+            return super(Gate, Gate).backward(ctx, *grads)
+
+    with patch.multiple(kernels, _Norm=Norm, _Rotate=Rotate, _Gate=Gate):
         yield
 
 
