@@ -59,7 +59,8 @@ struct Memory {
 };
 
 Memory device_memory, pinned_memory;
-int64_t ooms = 0, violations = 0, late_copies = 0;
+int64_t ooms = 0, violations = 0;
+int64_t late_copies = 0;  // on side streams
 std::string reports;
 std::string fails_with;  // what the next allocation says
 int fails_as = 0, fails_after = 0;
@@ -479,7 +480,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     on_host(self).copy_(on_host(source).expand_as(self));
     return self;
   }
-  late_copies++;
+  late_copies += id != 0;
   Job job{static_cast<char*>(self.mutable_data_ptr()), static_cast<const char*>(source.const_data_ptr()), self.nbytes(), {}, false};
   if (id == 0 && down) {
     job.snapshot.assign(job.from, job.size);
@@ -822,6 +823,15 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_scaled_dot_product_flash_attention_backward", TORCH_FN(flash_backward));
   m.impl("_scaled_dot_product_efficient_attention", TORCH_FN(efficient));
   m.impl("_scaled_dot_product_efficient_attention_backward", TORCH_FN(efficient_backward));
+}
+
+// What bitsandbytes has kernels for on CUDA. Its fallback in Python would make more tensors than they do, and compute in
+// what autocast says. gemm_4bit stays: for many rows it is a dequantized weight and a product there, too.
+TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
+  for (auto name : {"int8_linear_matmul", "int8_linear_matmul.out", "int8_mm_dequant", "int8_vectorwise_quant", "quantize_blockwise",
+           "dequantize_blockwise", "dequantize_blockwise.out", "quantize_4bit", "dequantize_4bit", "dequantize_4bit.out", "gemv_4bit",
+           "gemv_4bit.out"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }

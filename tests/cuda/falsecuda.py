@@ -260,7 +260,7 @@ def pinned_peak() -> int:
 
 
 def late_copies() -> int:
-    """How many copies happened on the device's own time."""
+    """How many copies on side streams were held back until somebody waited."""
     return int(_lib.false_late_copies())
 
 

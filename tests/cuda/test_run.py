@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,23 @@ import pytest
 import torch
 from conftest import true_updates
 from false_gpu import false_gpu
+from test_rounds import same_run
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from mot_lora import offload, run
-from mot_lora.config import Config
+from mot_lora import UserError, offload, run
+from mot_lora.base import load_model
+from mot_lora.branch import add_adapter, reset_adapter, train
+from mot_lora.chat import encode, load_tokenizer
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.config import BranchConfig, Config, LoraConfig
+from mot_lora.reader import demo_path
 from mot_lora.records import RunRecord
+from mot_lora.traces import Trace
 
 MakeConfig = Callable[..., Config]
 T4 = {"name": "Tesla T4", "gib": 16, "capability": "7.5"}
-BRANCH = {
+BRANCH: dict[str, Any] = {
     "steps": 2,
     "batch_size": 2,
     "gradient_accumulation": 2,
@@ -55,11 +65,11 @@ def runs_everywhere(make_config: MakeConfig, tmp_path: Path) -> None:
         late, folder = falsecuda.late_copies(), tmp_path / quantization
         record = run(make_config(**settings, device="cuda", output=str(folder)))
         assert falsecuda.reports() == ""
-        assert falsecuda.late_copies() > late + 50
+        assert falsecuda.late_copies() > late + 30
         assert falsecuda.pinned_peak() > 30_000
         assert json.loads((folder / "environment.json").read_text())["device"] == device
         want = run(make_config(**settings, device="cpu", output=str(tmp_path / f"{quantization}-cpu")))
-        assert close(record, want, 0.03)
+        assert close(record, want, 0.01)
         for r in record.rounds:
             assert 0.5 < r.fold.survived < 1.5
             assert r.evaluation.questions == 4
@@ -78,3 +88,104 @@ def test_a_run_on_a_card_gives_what_it_gives_on_a_cpu(make_config: MakeConfig, t
 @false_gpu(**T4, count=2)
 def test_a_run_on_the_first_of_two_cards_before_ampere(make_config: MakeConfig, tmp_path: Path) -> None:
     runs_everywhere(make_config, tmp_path)
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def stops_and_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A run with dropout and sampled answers, stopped within two branches, ends in the bytes of one that was not."""
+    settings: dict[str, Any] = {
+        "device": "cuda",
+        "branch": {**BRANCH, "steps": 3},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
+    }
+    whole = make_config(**settings, output=str(tmp_path / "whole"))
+    eval_settings = {**whole.eval.model_dump(mode="json"), "temperature": 1.0, "samples": 2}
+    run(make_config(**settings, eval=eval_settings, output=str(tmp_path / "whole")))
+    stopped = make_config(**settings, eval=eval_settings, output=str(tmp_path / "stopped"))
+    for stage, step in (("round 1, b, train", 2), ("round 2, a, train", 1)):
+
+        def stop(at: str, done: int, *_: Any, stage: str = stage, step: int = step, **__: Any) -> None:
+            if (at, done) == (stage, step):
+                raise KeyboardInterrupt
+
+        torch.cuda.manual_seed(step)  # a process of its own would begin with another state
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped, progress=stop)
+    torch.cuda.manual_seed(3)
+    run(stopped)
+    assert same_run(tmp_path / "stopped", tmp_path / "whole")
+    answers = [json.loads(line) for line in (tmp_path / "whole/round-002/answers.jsonl").read_text().splitlines()]
+    assert any(len(set(answer["texts"])) == 2 for answer in answers)
+    assert falsecuda.reports() == ""
+
+
+@pytest.mark.usefixtures("small")
+@false_gpu()
+def test_a_branch_goes_on_to_the_same_bytes(make_config: MakeConfig, tmp_path: Path) -> None:
+    stops_and_goes_on(make_config, tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+@false_gpu(**T4)
+def test_a_branch_goes_on_to_the_same_bytes_before_ampere(make_config: MakeConfig, tmp_path: Path) -> None:
+    stops_and_goes_on(make_config, tmp_path)
+
+
+# --- offloading ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """A Qwen3 of more layers than stay near."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_path("student"))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=6, head_dim=32, **shape)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "deep")
+    tokenizer.save_pretrained(tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+@pytest.mark.usefixtures("small")
+@false_gpu()
+def test_offloading_gives_the_same_bytes_and_not_without_its_waits(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(deep)
+    traces = [Trace(({"role": "user", "content": f"{i} + 1 = ?"},), f"{i + 1} " * (i % 5 + 1)) for i in range(8)]
+    examples = [encode(tokenizer, trace) for trace in traces]
+    lora = LoraConfig(r=4, alpha=8, dropout=0.1)
+    model = add_adapter(load_model(Checkpoint.open(str(deep)), "nf4", torch.device("cuda", 0)), lora)
+
+    def trained(offload: str) -> list[Tensor]:
+        reset_adapter(model, 0)
+        with suppress(UserError):  # nonsense may also end as a loss that is not finite
+            train(model, tokenizer, examples, BranchConfig(**{**BRANCH, "offload": offload}), seed=2)
+        return [p.detach().cpu() for p in model.parameters() if p.requires_grad]
+
+    def same(x: list[Tensor], y: list[Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+    plain = trained("off")
+    assert falsecuda.late_copies() == 0
+    assert same(trained("on"), plain)
+    assert falsecuda.late_copies() > 30
+    assert falsecuda.reports() == ""
+
+    wait_event = torch.cuda.Stream.wait_event
+
+    def only(waits: Callable[[torch.cuda.Stream], bool]) -> None:
+        def wait(self: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+            if waits(self):
+                wait_event(self, event)
+
+        monkeypatch.setattr(torch.cuda.Stream, "wait_event", wait)
+
+    only(lambda stream: stream.stream_id == 0)  # copies do not wait for who computes
+    trained("on")
+    assert "reads what the default stream may still be writing" in falsecuda.reports()
+    assert "writes where the default stream may still be at work" in falsecuda.reports()
+    seen = falsecuda.violations()
+    only(lambda stream: stream.stream_id != 0)  # who computes does not wait for copies
+    assert not same(trained("on"), plain)
+    assert falsecuda.violations() > seen
