@@ -130,13 +130,15 @@ def _round(base: Tensor, delta: Tensor, to: torch.dtype, exact: torch.dtype) -> 
     """
     folded = torch.empty(base.shape, dtype=to)
     rows = max(1, BLOCK * len(base) // max(1, base.numel()))
-    square = lost = torch.zeros((), dtype=torch.float64)
+    totals = torch.empty_like(base[:rows], dtype=exact)
+    square = lost = 0.0
     for out, w, d in zip(folded.split(rows), base.split(rows), delta.split(rows), strict=True):
-        total = w.to(exact, copy=True).add_(d)
+        total = totals[: len(w)].copy_(w).add_(d)
         out.copy_(total)
-        lost = lost + total.sub_(out).mul_(d).sum()
-        square = square + d.square().sum()
-    return folded, float(square - lost), float(square)
+        flat = d.reshape(-1)
+        lost += float(torch.dot(total.sub_(out).view(-1), flat))
+        square += float(torch.dot(flat, flat))
+    return folded, square - lost, square
 
 
 def _companions(p: Placement, out: Path) -> None:

@@ -7,7 +7,8 @@
 
 The student has the true shapes and random weights, which are quantized to NF4 a layer at a time, on the device. Each
 measurement is a fresh process that takes two optimizer steps on one trace, all of it trained. Measured is the second,
-in which Adam has its state: `tokens_per_second` of its forward and backward pass; `peak_bytes`, the most that was held
+in which Adam has its state: `tokens_per_second` of its forward and backward pass, and the `cpu_seconds` of it, which
+other work on the machine hardly changes; `peak_bytes`, the most that was held
 from its beginning to the end, on a GPU by torch's tensors (`reserved_bytes` is with what its allocator kept,
 `card_bytes` with CUDA itself), on a CPU resident; `step_bytes`, how much more that is than just before. `plan_bytes`
 and `plan_step_bytes` are what the plan says of the same, and `plan_card_bytes` what it compares with the card.
@@ -163,6 +164,7 @@ class Meter:
         if self.cuda:
             self.cuda.empty_cache()  # what making the student took
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.before = 0
 
     def on(self, trainer: type) -> type:
@@ -174,10 +176,11 @@ class Meter:
                 if len(meter.seconds) == MEASURED:
                     meter.begin()
                 meter.wait()
-                start = time.perf_counter()
+                start, of_cpu = time.perf_counter(), time.process_time()
                 loss = super().training_step(*args, **kwargs)
                 meter.wait()
                 meter.seconds.append(time.perf_counter() - start)
+                meter.cpu_seconds.append(time.process_time() - of_cpu)
                 return loss
 
         return Measured
@@ -200,6 +203,7 @@ class Meter:
         assert len(self.seconds) == STEPS, f"{len(self.seconds)} steps were taken, not {STEPS}"
         peak = self.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")
         row = {"seconds": self.seconds[MEASURED], "tokens_per_second": tokens / self.seconds[MEASURED]}
+        row |= {"cpu_seconds": self.cpu_seconds[MEASURED]}
         row |= {"peak_bytes": peak, "before_bytes": self.before, "step_bytes": peak - self.before}
         if self.cuda:
             free, total = self.cuda.mem_get_info()
