@@ -15,7 +15,7 @@ from mot_lora import decode
 from mot_lora.chat import collate, prompt_text
 from mot_lora.config import BranchConfig, EvalConfig
 from mot_lora.decode import Decoding, decodes
-from mot_lora.errors import UserError, is_out_of_memory
+from mot_lora.errors import enough_memory, is_out_of_memory
 from mot_lora.loss import batch_loss, computing
 from mot_lora.merge import seed_for
 from mot_lora.progress import Progress, silent
@@ -46,7 +46,7 @@ class AtOnce:
 
     >>> at_once = AtOnce(8)
     >>> with at_once.attempt(8):
-    ...     raise torch.OutOfMemoryError
+    ...     raise torch.OutOfMemoryError("CUDA out of memory")
     >>> at_once.most
     4
     """
@@ -64,7 +64,7 @@ class AtOnce:
             self._failed = False
         try:
             yield
-        except RuntimeError as e:
+        except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e) or count == 1:
                 raise
             self.most, self._failed = count // 2, True
@@ -99,16 +99,10 @@ def evaluate(
     start = time.monotonic()
     model.eval()
     traces, rows = AtOnce(settings.batch_size), AtOnce(settings.batch_size * settings.samples)
-    try:
+    do = f"lower eval.max_new_tokens {settings.max_new_tokens} or branch.max_length"
+    with enough_memory("though one by one", do):
         losses = held_out_losses(model, tokenizer, held_out, traces, tokens, progress)
         texts = generate(model, tokenizer, questions, settings, rows, tokens, seed=seed, progress=progress)
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        raise UserError(
-            f"out of memory ({' '.join(str(e).split())[:160]}), though one by one; lower eval.max_new_tokens "
-            f"{settings.max_new_tokens} or branch.max_length"
-        ) from e
     answers = [
         Answer(
             question=q.question,

@@ -20,7 +20,7 @@ from mot_lora.branch import add_adapter, reset_adapter
 from mot_lora.chat import collate, encode, load_tokenizer, prompt_text
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, EvalConfig, LoraConfig
-from mot_lora.decode import _Layer
+from mot_lora.decode import Layer
 from mot_lora.errors import UserError
 from mot_lora.evaluate import LOSS_TOKENS, AtOnce, evaluate, generate, held_out_losses, loss_tokens
 from mot_lora.traces import Example, Question, Trace
@@ -249,7 +249,7 @@ def test_an_interrupted_answer_leaves_nothing_behind(model: PeftModel, tokenizer
 
     with pytest.raises(KeyboardInterrupt):
         generate(model, tokenizer, QUESTIONS, settings, seed=0, progress=stop)
-    assert not [x for x in gc.get_objects() if type(x) is _Layer]
+    assert not [x for x in gc.get_objects() if type(x) is Layer]
     assert threading.enumerate() == threads
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.is_autocast_enabled("cpu")
