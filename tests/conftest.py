@@ -20,7 +20,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import yaml
-from false_gpu import pytest_itemcollected, pytest_pyfunc_call, pytest_runtest_setup  # noqa: F401
+from false_gpu import (  # noqa: F401
+    pytest_itemcollected,
+    pytest_pyfunc_call,
+    pytest_runtest_setup,
+    pytest_unconfigure,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor

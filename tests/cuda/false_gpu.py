@@ -1,19 +1,24 @@
 """Tests on a false GPU: `@false_gpu(gib=16, capability="7.5")` runs a test in a process of its own, which has one.
 
+The processes are forked from one that has loaded what tests import, one in each session or worker of pytest.
+
 Such a test is an ordinary one: its fixtures are made there, its parameters and marks count, and what fails there is
 shown. It asks `falsecuda` for bytes in use, late copies and violations.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from falsecuda import Card, installed, why_not
 
-RUN = Path(__file__).with_name("run.py")
+RUN, SERVE = (Path(__file__).with_name(name) for name in ("run.py", "serve.py"))
 
 
 def false_gpu(
@@ -53,26 +58,70 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test's process."""
     if not (card := _card(pyfuncitem)):
         return None
+    mark = pyfuncitem.get_closest_marker("false_gpu")
+    assert mark
+    seconds = mark.args[1]
+    status, said = run_on(card, [pyfuncitem.nodeid, "-m", ""], seconds, pyfuncitem.config)
+    if status is None:
+        pytest.fail(f"not done after {seconds:g} s on a false {card.name}\n{said}", pytrace=False)
+    if status:
+        pytest.fail(f"on a false {card.name}:\n{said}", pytrace=False)
+    if " skipped" in said:
+        pytest.skip(said.partition("SKIPPED ")[2].partition("\n")[0])
+    return True
+
+
+def run_on(card: Card, arguments: list[str], seconds: float, config: pytest.Config) -> tuple[int | None, str]:
+    """Run pytest on a false GPU: its exit status, None where its time was over, and what it said."""
     if reason := why_not():
         # torch's CUDA build has no room for a false GPU anywhere; the rest can be installed
         (pytest.fail if os.environ.get("CI") and "torch" not in reason else pytest.skip)(f"no false GPU here: {reason}")
-    mark = pyfuncitem.get_closest_marker("false_gpu")
-    assert mark
+    server = config.stash.get(SERVER, None)
+    if server is None or server.process.poll() is not None:
+        server = config.stash[SERVER] = _Server(config.rootpath)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(RUN), *card.options(), "-m", "pytest", pyfuncitem.nodeid, "-m", ""]
-        command += ["-q", "--no-header", "-rs", "-p", "no:cacheprovider", "--basetemp", folder]
-        root = pyfuncitem.config.rootpath
+        log = Path(folder, "log")
+        log.touch()
+        arguments = [*arguments, "-q", "--no-header", "-rs", "-p", "no:cacheprovider"]
+        arguments += ["--basetemp", str(Path(folder, "tmp"))]
+        status = server.ask({"card": asdict(card), "arguments": arguments, "log": str(log), "seconds": seconds})
+        return status, log.read_text(errors="replace")[-20_000:]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Let the server end."""
+    if server := config.stash.get(SERVER, None):
+        server.close()
+
+
+class _Server:
+    """The process that tests are forked from."""
+
+    def __init__(self, root: Path) -> None:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "CUDA_"))}
-        environment = {**kept, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [kept.get("PYTHONPATH")])])}
-        try:
-            done = subprocess.run(
-                command, cwd=root, env=environment, capture_output=True, text=True, timeout=mark.args[1], check=False
-            )
-        except subprocess.TimeoutExpired as e:
-            said = e.stdout.decode() if isinstance(e.stdout, bytes) else e.stdout or ""
-            pytest.fail(f"not done after {mark.args[1]:g} s on a false {card.name}\n{said[-8000:]}", pytrace=False)
-    if done.returncode:
-        pytest.fail(f"on a false {card.name}:\n{done.stdout[-20000:]}\n{done.stderr[-4000:]}", pytrace=False)
-    if " skipped" in done.stdout:
-        pytest.skip(done.stdout.partition("SKIPPED ")[2].partition("\n")[0])
-    return True
+        path = os.pathsep.join([str(root), *filter(None, [kept.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, str(RUN), str(SERVE)],
+            cwd=root,
+            env={**kept, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, told: dict[str, Any]) -> int | None:
+        """The exit status of a test's pytest, None where its time was over."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps(told), file=self.process.stdin, flush=True)
+        if not (answer := self.process.stdout.readline()):
+            self.close()
+            pytest.fail(f"the process of false GPUs ended with status {self.process.wait()}", pytrace=False)
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()  # closes what it reads
+
+
+SERVER = pytest.StashKey[_Server]()

@@ -355,6 +355,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
+constexpr int kMostCards = 8;
+
 // --- randomness --------------------------------------------------------------------------------
 
 // A generator of its own for the device: a CPU's inside, which is what operations are given.
@@ -374,7 +376,7 @@ struct Generator final : c10::GeneratorImpl {
 
 std::vector<at::Generator>& default_generators() {
   static auto& made = *new std::vector<at::Generator>;
-  for (int i = static_cast<int>(made.size()); i < card.count; i++)
+  for (int i = static_cast<int>(made.size()); i < kMostCards; i++)
     made.push_back(at::make_generator<Generator>(static_cast<c10::DeviceIndex>(i), at::detail::createCPUGenerator()));
   return made;
 }
@@ -410,7 +412,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
     Lock lock(mutex_);
     index = index < 0 ? getCurrentDevice() : index;
     // the first ones that Python asks for, while the device is set up, are those that all operations draw from
-    if (handed_out < card.count && index == handed_out) return default_generators().at(handed_out++);
+    if (handed_out < kMostCards && index == handed_out) return default_generators().at(handed_out++);
     return at::make_generator<Generator>(index, at::detail::createCPUGenerator());
   }
 };
@@ -860,6 +862,7 @@ void false_set_late(int on) { card.late = on; }
 // kind 1: torch.AcceleratorError, else RuntimeError; after so many allocations that succeed
 void false_fail(const char* text, int kind, int after) { fails_with = text, fails_as = kind, fails_after = after; }
 
+size_t false_total() { return card.total; }
 size_t false_held() { return device_memory.held; }
 size_t false_held_peak() { return device_memory.held_peak; }
 size_t false_requested() { return device_memory.requested; }

@@ -91,12 +91,13 @@ def build() -> Path:
 
 # --- the device ----------------------------------------------------------------------------------
 
-_COUNTS = ("held", "held_peak", "requested", "requested_peak", "pinned", "pinned_peak")
+_COUNTS = ("total", "held", "held_peak", "requested", "requested_peak", "pinned", "pinned_peak")
+MOST = 8  # cards that are seen at once
 _lib: Any = None
 _card: Card | None = None
 
 
-def load(library: Path, card: Card) -> None:
+def load(library: Path) -> None:
     """Load the library: before torch, which looks for CUDA's part while it is imported."""
     global _lib
     lib = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
@@ -111,7 +112,6 @@ def load(library: Path, card: Card) -> None:
     lib.false_set_total.argtypes = [ctypes.c_size_t]
     lib.false_fail.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
     lib.false_start.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    lib.false_start(card.bytes, *card.version, card.count)
     _lib = lib
 
 
@@ -122,24 +122,20 @@ def installed() -> Card | None:
 
 def install(card: Card) -> None:
     """Let torch find it: what a CUDA build has in torch._C, with torch's own Python above."""
-    global _card
     import torch
     import torch.cuda.streams as streams
 
-    _card = card
     c: Any = torch._C
     lib = _lib
-    major, minor = card.version
-    properties = SimpleNamespace(
-        name=card.name, major=major, minor=minor, multi_processor_count=128, gcnArchName="", warp_size=32, uuid="false"
-    )
+
+    def now() -> Card:
+        assert _card
+        return _card
 
     def properties_of(_: int) -> Any:
-        properties.total_memory = total()
-        return properties
-
-    def total() -> int:
-        return _total[0]
+        major, minor = now().version
+        said = {"multi_processor_count": 128, "warp_size": 32, "gcnArchName": "", "uuid": "false"}
+        return SimpleNamespace(name=now().name, major=major, minor=minor, total_memory=lib.false_total(), **said)
 
     def exchange(index: int) -> int:
         before = int(lib.false_device())
@@ -183,7 +179,7 @@ def install(card: Card) -> None:
         return lib.false_stream(), index, 1
 
     answers: Mapping[str, Any] = {
-        "_cuda_getDeviceCount": lambda: card.count,
+        "_cuda_getDeviceCount": lambda: now().count,
         "_cuda_init": lambda: None,
         "_cuda_isInBadFork": lambda: False,
         "_cuda_getDevice": lib.false_device,
@@ -204,7 +200,7 @@ def install(card: Card) -> None:
         "_cuda_getCurrentRawStream": lambda _: lib.false_stream(),
         "_cuda_setStream": lambda stream_id, **_: lib.false_set_stream(stream_id),
         "_cuda_isCurrentStreamCapturing": lambda: False,
-        "_cuda_getArchFlags": lambda: f"sm_{major}{minor}",
+        "_cuda_getArchFlags": lambda: "sm_" + now().capability.replace(".", ""),
         "_cuda_canDeviceAccessPeer": lambda *_: False,
         "_cuda_getAllocatorBackend": lambda: "native",
         "_CudaStreamBase": StreamBase,
@@ -214,7 +210,6 @@ def install(card: Card) -> None:
     for name, answer in answers.items():
         setattr(c, name, answer)
 
-    _total[0] = card.bytes
     cuda: Any = torch.cuda
     importlib.reload(streams)  # its classes have their bases from torch._C
     cuda.Stream, cuda.Event, cuda.ExternalStream = streams.Stream, streams.Event, streams.ExternalStream
@@ -222,18 +217,32 @@ def install(card: Card) -> None:
     cuda._get_device_properties = properties_of
     cuda._CudaDeviceProperties = SimpleNamespace
     cuda._cudart = SimpleNamespace(
-        cudaMemGetInfo=lambda _: (max(0, total() - lib.false_held()), total()),
+        cudaMemGetInfo=lambda _: (max(0, lib.false_total() - lib.false_held()), lib.false_total()),
         cudaError=SimpleNamespace(success=0),
     )
     cuda._device_count_nvml = lambda: -1
     cuda.is_current_stream_capturing = lambda: False
     cuda._queued_calls.clear()  # they check the build against the card
     torch.backends.cuda.is_built = lambda: True
-    cuda.default_generators = tuple(torch.Generator(f"cuda:{i}") for i in range(card.count))
+    become(card)
+    _generators[:] = [torch.Generator(f"cuda:{i}") for i in range(MOST)]  # those that all operations draw from
+    become(card)
     cuda.init()
 
 
-_total = [0]
+_generators: list[Any] = []
+
+
+def become(card: Card) -> None:
+    """Be another card from here on."""
+    global _card
+    import torch
+
+    _card = card
+    _lib.false_start(card.bytes, *card.version, card.count)
+    cuda: Any = torch.cuda
+    cuda._cached_device_count = None
+    cuda.default_generators = tuple(_generators[: card.count])
 
 
 # --- what a test asks ------------------------------------------------------------------------------
@@ -276,7 +285,6 @@ def reports() -> str:
 
 def set_memory(count: int) -> None:
     """Make it a card with so many bytes of memory."""
-    _total[0] = count
     _lib.false_set_total(count)
 
 

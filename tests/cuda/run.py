@@ -36,7 +36,7 @@ def main() -> None:
     card = falsecuda.Card(said.name, said.gib, said.capability, said.count)
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # bitsandbytes compiles the kernels that it has for any device
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    falsecuda.load(falsecuda.build(), card)
+    falsecuda.load(falsecuda.build())
     import torch
 
     torch.set_num_threads(1)
