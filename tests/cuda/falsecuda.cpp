@@ -685,6 +685,10 @@ at::Tensor addmm_dtype(const at::Tensor& c, const at::Tensor& a, const at::Tenso
   TORCH_CHECK(c.scalar_type() == dtype || c.scalar_type() == a.scalar_type(), "self dtype must match either out_dtype or mat1 dtype");
   return on_device(at::addmm(on_host(c).to(at::kFloat), on_host(a).to(at::kFloat), on_host(b).to(at::kFloat), beta, alpha).to(dtype));
 }
+at::Tensor& addmm_dtype_out(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+    const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
+  return out.copy_(addmm_dtype(c, a, b, dtype, beta, alpha));
+}
 
 // Which kernel scaled_dot_product_attention takes: torch's rules for a card of this capability.
 int64_t choose_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
@@ -820,6 +824,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("mm.dtype", TORCH_FN(mm_dtype));
   m.impl("bmm.dtype", TORCH_FN(bmm_dtype));
   m.impl("addmm.dtype", TORCH_FN(addmm_dtype));
+  m.impl("addmm.dtype_out", TORCH_FN(addmm_dtype_out));
   m.impl("_fused_sdp_choice", TORCH_FN(choose_attention));
   m.impl("_scaled_dot_product_flash_attention", TORCH_FN(flash));
   m.impl("_scaled_dot_product_flash_attention_backward", TORCH_FN(flash_backward));
