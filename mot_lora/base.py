@@ -21,7 +21,7 @@ from mot_lora.ahead import ahead
 from mot_lora.attention import needs_repeating, repeat_shared_heads
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
-from mot_lora.driver import driver_version, why_unused
+from mot_lora.driver import driver_version, expandable_segments, why_unused
 from mot_lora.errors import NO_MEMORY, UserError, enough_memory, is_out_of_memory
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
@@ -40,6 +40,8 @@ def device_of(config: Config) -> torch.device:
         warnings.simplefilter("ignore", UserWarning)  # of a driver that is too old, which is told below
         found = config.device != "cpu" and torch.cuda.is_available()
     if found:
+        if not torch.cuda.is_initialized():
+            expandable_segments()
         return torch.device("cuda", torch.cuda.current_device())
     why = None if config.device == "cpu" else why_unused(driver_version(), torch.version.cuda)
     if config.device == "cuda":

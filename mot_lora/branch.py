@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from mot_lora.config import BranchConfig, LoraConfig
-from mot_lora.errors import DivergedError, UserError, is_out_of_memory
+from mot_lora.errors import DivergedError, UserError, enough_memory
 from mot_lora.interruption import INTERRUPTS, Shield
 from mot_lora.liger import fused, uses_liger
 from mot_lora.lora import one_product
@@ -56,14 +56,18 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
+    head = model.get_output_embeddings()
+    linear = sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)  # on tied weights, which are refused below
         try:
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as e:
-            has = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-            raise UserError(f"lora.target_modules {targets!r} match no layer; the student has {', '.join(has)}") from e
+            why = "match no layer" if "not found" in str(e) else f"cannot be had ({' '.join(str(e).split())[:120]})"
+            raise UserError(f"lora.target_modules {targets!r} {why}; the student has {', '.join(linear)}") from e
     said: Any = peft_model.peft_config[ADAPTER]
     if not isinstance(said.target_modules, str):  # a set, whose order is another in every process; it is written
         said.target_modules = sorted(said.target_modules or ())
@@ -71,8 +75,11 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
             inner = cast("Any", layer.get_base_layer())
-            if not isinstance(inner, nn.Linear) or inner.weight is base.get_input_embeddings().weight:
-                raise UserError(f"lora.target_modules {targets!r}: {name} is an embedding or tied to it; leave it out")
+            if not isinstance(inner, nn.Linear):
+                what = f"{name} is no linear layer but {type(inner).__name__}"
+                raise UserError(f"lora.target_modules {targets!r}: {what}; take of [{','.join(linear)}]")
+            if inner.weight is base.get_input_embeddings().weight:
+                raise UserError(f"lora.target_modules {targets!r}: {name} is tied to the embedding; leave it out")
     return cast("PeftModel", peft_model)
 
 
@@ -170,6 +177,7 @@ def train(
         trainer.add_callback(watch)
         if found:
             trainer.trained_tokens, watch.seconds = found[1].tokens, found[1].seconds
+        stack.enter_context(enough_memory("", _advice(settings, max(map(len, examples)), stays)))
         try:
             trainer.go_on(found[0] if found else None)
             _check_finite(model)
@@ -179,10 +187,6 @@ def train(
             if job and watch.restore:
                 watch.restore()
                 trainer.keep()
-            raise
-        except RuntimeError as e:
-            if is_out_of_memory(e):
-                raise UserError(_out_of_memory(e, settings, examples, stays)) from e
             raise
         model.eval()
         losses = trainer.losses
@@ -270,22 +274,24 @@ def _check_finite(model: PeftModel) -> None:
             raise DivergedError(f"{name} is not finite after the last step: lower its learning_rate")
 
 
-def _out_of_memory(error: Exception, settings: BranchConfig, examples: Sequence[Example], stays: bool) -> str:
-    """What to lower, with the numbers that count."""
+def _advice(settings: BranchConfig, longest: int, stays: bool) -> str:
+    """What to do where memory runs out: settings that leave the branch as it is but for rounding, as the command takes
+    them, so that the run can go on with them; `longest` trace in tokens; stays: layers' inputs could go to host memory.
+    """
     s = settings
-    longest = max(map(len, examples))
-    lower: list[str] = []
-    if s.batch_tokens:
-        lower += [f"branch.batch_tokens {s.batch_tokens}"] if s.batch_tokens > longest else []
-    elif s.batch_size > 1:
-        lower += [f"branch.batch_size {s.batch_size} (raise gradient_accumulation instead)"]
+    less: list[str] = []
+    if s.batch_tokens and s.batch_tokens > longest:
+        less += [f"branch.batch_tokens={max(longest, s.batch_tokens // 2)}"]
+    if not s.batch_tokens and s.batch_size > 1:
+        fewer = next(n for n in range(s.batch_size // 2, 0, -1) if s.traces % n == 0)
+        less += [f"branch.batch_size={fewer}", f"branch.gradient_accumulation={s.traces // fewer}"]
     if not s.activation_checkpointing:
-        lower += ["branch.activation_checkpointing false (turn it on)"]
+        less += ["branch.activation_checkpointing=true"]
     elif stays:
-        lower += [f"branch.offload {s.offload} (turn it on)"]
-    lower += [f"branch.max_length {s.max_length} (the longest trace has {longest} tokens)"]
-    lower += [f"branch.loss_chunk {s.loss_chunk}"] if s.loss_chunk > 256 else []
-    return f"out of memory ({' '.join(str(error).split())[:160]}); lower {', '.join(lower)}"
+        less += ["branch.offload=on"]
+    less += [f"branch.loss_chunk={max(256, s.loss_chunk // 2)}"] if s.loss_chunk > 256 else []
+    go_on = f"go on with {' '.join(less)}" if less else "free memory that others use, and go on"
+    return f"{go_on}, or begin another run with branch.max_length below {longest}, the longest trace"
 
 
 def _line(error: Exception) -> str:

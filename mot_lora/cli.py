@@ -441,9 +441,6 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other about their next versions
     # threads that wait by spinning make CPU work many times slower wherever something else runs beside it
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # traces of many lengths leave holes in a GPU's memory, and near its limit these decide
-    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         with signals_raise():
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -1,9 +1,10 @@
-"""The NVIDIA driver, asked without CUDA: a GPU that torch cannot use is there all the same."""
+"""What is around CUDA: the NVIDIA driver, also where torch cannot use it, and how torch is to hold a GPU's memory."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 OLDEST = {12: 525, 13: 580}  # the driver that CUDA of this version needs, as NVIDIA says
@@ -45,3 +46,11 @@ def why_unused(driver: str | None, cuda: str | None) -> str | None:
 def _version(text: str) -> str | None:
     found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
     return found[0] if found else None
+
+
+def expandable_segments() -> None:
+    """Have torch's segments of a GPU's memory grow, unless something else is set: traces of many lengths leave holes in
+    segments of one size, and near its limit these decide. torch reads it when it first uses CUDA.
+    """
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -99,8 +99,8 @@ def evaluate(
     start = time.monotonic()
     model.eval()
     traces, rows = AtOnce(settings.batch_size), AtOnce(settings.batch_size * settings.samples)
-    do = f"lower eval.max_new_tokens {settings.max_new_tokens} or branch.max_length"
-    with enough_memory("though one by one", do):
+    fewer = f"begin another run with eval.max_new_tokens below {settings.max_new_tokens} or a smaller branch.max_length"
+    with enough_memory("though one by one", f"free memory that others use, and go on, or {fewer}"):
         losses = held_out_losses(model, tokenizer, held_out, traces, tokens, progress)
         texts = generate(model, tokenizer, questions, settings, rows, tokens, seed=seed, progress=progress)
     answers = [

@@ -1,7 +1,8 @@
 """Updates of a model's parameters: low-rank ones as factors, D = scaling * B @ A, dense ones made on demand."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +19,31 @@ svd: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(torch.linalg.svd, fu
 Form = Literal["linear", "embedding", "parameter", "bias", "whole"]
 """How PEFT holds an update: LoRA on a linear layer, on an embedding, on a bare parameter (stacked experts); the bias
 of a LoRA's B; or a trained copy of the whole parameter (modules_to_save)."""
+
+
+@contextmanager
+def full_precision() -> Generator[None]:
+    """Products of fp32 tensors on a GPU in fp32, also where TF32 is allowed, which keeps 10 of the 23 bits."""
+    products = torch.backends.cuda.matmul
+    allowed = products.fp32_precision
+    if allowed != "tf32":
+        yield
+        return
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # TF32 was allowed by the newer setting, and torch refuses to mix the two
+        older = ""
+    if older:
+        torch.set_float32_matmul_precision("highest")
+    else:
+        products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if older:
+            torch.set_float32_matmul_precision(older)
+        else:
+            products.fp32_precision = allowed
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class Factors:
     def shape(self) -> torch.Size:
         return torch.Size((*self.b.shape[:-1], self.a.shape[-1]))
 
+    @full_precision()
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense update scaling * B @ A, [..., out, in], computed in `dtype`."""
         # on the smaller factor, not on the product

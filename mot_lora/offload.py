@@ -172,7 +172,8 @@ class Offload:
             kind = "pinned host memory" if self.side else "host memory"
             raise UserError(
                 f"branch.offload needs {needs:.1f} GiB of {kind}, and there was no more after {had:.1f} "
-                f"({' '.join(str(e).split())[:100]}); set branch.offload to off, or a smaller branch.max_length"
+                f"({' '.join(str(e).split())[:100]}); go on with branch.offload=off, or begin another run "
+                "with a smaller branch.max_length"
             ) from e
 
 

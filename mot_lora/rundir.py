@@ -26,11 +26,13 @@ SEAL = "sealed.json"  # what makes a checkpoint within a branch whole
 # What a run that was killed while it began can have left.
 BEGUN = {"run.lock", "environment.json", "data.json"}
 CPUS = re.compile(r"cpu|x86_64|i\d86|aarch64|arm.*|(amd|intel)64.*", re.IGNORECASE)  # as Python names processors
-# Settings that leave finished branches and rounds as they are, so that a run may go on with others.
+# Settings that leave finished branches and rounds as they are, and what is still to do as it would be but for rounding,
+# so that a run may go on with others.
 MAY_CHANGE = re.compile(
-    r"output|device|rounds|stop\b.*|branch\.(save_steps|offload|report_to(\.\d+)?)|teachers\.\d+\.learning_rate|compare\b.*"
-    r"|eval\.(branches|final\b.*)"
+    r"output|device|rounds|stop\b.*|compare\b.*|teachers\.\d+\.learning_rate|eval\.(branches|batch_size|final\b.*)"
+    r"|branch\.(save_steps|offload|report_to(\.\d+)?|batch_tokens|loss_chunk|activation_checkpointing|liger)"
 )
+STEP = re.compile(r"branch\.(batch_size|gradient_accumulation)")  # may change where their product stays
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,10 @@ class RunDir:
         asked = config.model_dump(mode="json")
         begun = [p for p in (self.path / "before.json", *self.path.glob("round-*")) if p.exists()]
         if begun:
-            found = self.config().model_dump(mode="json")
-            changed = [k for k in _differences(found, asked) if not MAY_CHANGE.fullmatch(k)]
+            old = self.config()
+            changed = [k for k in _differences(old.model_dump(mode="json"), asked) if not MAY_CHANGE.fullmatch(k)]
+            if old.branch.traces == config.branch.traces:
+                changed = [k for k in changed if not STEP.fullmatch(k)]
             if changed:
                 raise UserError(
                     f"{self.path}: was begun with other settings ({', '.join(changed)}); "

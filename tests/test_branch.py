@@ -140,6 +140,21 @@ def test_targets_that_match_nothing_are_refused(qwen3: Path) -> None:
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ("gate",)])
+def test_experts_are_no_linear_layers_and_the_advice_is_right(
+    bases: dict[str, Path], targets: str | tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.\w+ is no linear layer but Qwen3Moe\w+; take of \[") as e:
+        branch.check_targets(bases["moe"], LoraConfig(target_modules=targets))
+    advised = tuple(str(e.value).rpartition("[")[2].rstrip("]").split(","))
+    assert advised == ("k_proj", "o_proj", "q_proj", "v_proj")
+    branch.check_targets(bases["moe"], LoraConfig(target_modules=advised))
+    with pytest.raises(
+        UserError, match=r"cannot be had \(Target module Qwen3MoeExperts.*; the student has k_proj, o_proj"
+    ):
+        branch.check_targets(bases["moe"], LoraConfig(target_modules=("q_proj", "experts")))
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_targets_that_no_fold_can_take_are_refused_before_training(qwen3: Path, target: str) -> None:
     with pytest.raises(UserError, match=r"lora\.target_modules"):
@@ -540,14 +555,22 @@ def test_ligers_kernels_are_refused_where_they_cannot_run(
             uses_liger("on", is_gpu=True)
 
 
-def test_out_of_memory_names_what_is_not_used_yet(examples: list[Example]) -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory")
-    chosen = settings(batch_size=1, loss_chunk=256)
-    longest = max(map(len, examples))
-    assert branch._out_of_memory(error, chosen, examples, stays=True) == (
-        "out of memory (CUDA out of memory); lower branch.offload auto (turn it on), "
-        f"branch.max_length 4096 (the longest trace has {longest} tokens)"
+def test_out_of_memory_advises_what_a_run_can_go_on_with() -> None:
+    rest = ", or begin another run with branch.max_length below 90, the longest trace"
+
+    def said(stays: bool = False, **changes: Any) -> str:
+        advice = branch._advice(settings(**changes), 90, stays)
+        assert advice.endswith(rest)
+        return advice.removesuffix(rest)
+
+    assert said(True, batch_size=1, loss_chunk=256) == "go on with branch.offload=on"
+    assert said(batch_size=1, loss_chunk=256) == "free memory that others use, and go on"
+    assert said(batch_size=3, gradient_accumulation=2, activation_checkpointing=False, loss_chunk=300) == (
+        "go on with branch.batch_size=1 branch.gradient_accumulation=6 branch.activation_checkpointing=true "
+        "branch.loss_chunk=256"
     )
-    assert "offload" not in branch._out_of_memory(error, chosen, examples, stays=False)
-    plain = settings(activation_checkpointing=False)
-    assert "branch.activation_checkpointing false (turn it on)" in branch._out_of_memory(error, plain, examples, True)
+    assert said(batch_size=4, gradient_accumulation=3, loss_chunk=1024) == (
+        "go on with branch.batch_size=2 branch.gradient_accumulation=6 branch.loss_chunk=512"
+    )
+    assert said(batch_tokens=150, loss_chunk=256) == "go on with branch.batch_tokens=90"
+    assert said(batch_tokens=80, loss_chunk=256) == "free memory that others use, and go on"

@@ -1,12 +1,14 @@
 """Low-rank arithmetic against dense linear algebra in fp64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Dense, Factors, concatenate, inner, spectrum, truncate
@@ -343,3 +345,43 @@ def test_an_adapter_cannot_be_changed_by_accident() -> None:
     adapter = Adapter("a", {"m": random_factors(2, 2, 1)})
     with pytest.raises(AttributeError):
         adapter.name = "b"  # pyright: ignore
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allow", ["nothing", "set_float32_matmul_precision", "allow_tf32", "fp32_precision"])
+def test_products_are_never_tf32_and_the_users_setting_stays(allow: str) -> None:
+    """Whatever of torch's three ways TF32 was allowed by."""
+    products, seen = torch.backends.cuda.matmul, []
+
+    def older() -> str:
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:
+            return "mixed"
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "matmul" in func.__name__:
+                seen.append((products.fp32_precision, older()))
+            return func(*args, **(kwargs or {}))
+
+    try:
+        if allow == "set_float32_matmul_precision":
+            torch.set_float32_matmul_precision("medium")
+        elif allow == "allow_tf32":
+            products.allow_tf32 = True
+        elif allow == "fp32_precision":
+            products.fp32_precision = "tf32"
+        before = products.fp32_precision, older()
+        assert (before[0] == "tf32") is (allow != "nothing")
+        with Seen():
+            Factors(torch.ones(2, 3), torch.ones(4, 2)).delta()
+        ((precision, legacy),) = seen
+        assert precision != "tf32"
+        assert legacy == "highest"  # torch checks that both say the same
+        assert (products.fp32_precision, older()) == before
+    finally:
+        products.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")

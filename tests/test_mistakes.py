@@ -1,7 +1,10 @@
 """Everything that people get wrong, through the command: one line that names it, status 2, nothing left behind."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +240,30 @@ def test_a_driver_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert device_of(parse_config({**here, "device": "cpu"}, "test")).type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # GPUs are hidden on purpose
     assert device_of(parse_config(here, "test")).type == "cpu"
+
+
+LATE = """
+import os
+import torch
+from mot_lora.driver import expandable_segments
+expandable_segments()
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has it on Linux alone")
+@pytest.mark.parametrize(
+    ("said", "want"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ],
+)
+def test_segments_can_grow_also_where_torch_was_imported_before(said: dict[str, str], want: str) -> None:
+    kept = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    done = subprocess.run([sys.executable, "-c", LATE], env=kept | said, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == want
 
 
 # --- memory that ran out ---------------------------------------------------------------------------------

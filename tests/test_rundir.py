@@ -90,9 +90,36 @@ def test_rounds_stop_and_output_may_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("branch", "others"),
+    [
+        ({"batch_tokens": 512}, {}),
+        ({"loss_chunk": 256, "activation_checkpointing": False, "liger": "off", "offload": "off"}, {}),
+        ({"batch_size": 2, "gradient_accumulation": 8}, {"eval": {"batch_size": 1}}),
+        ({"batch_size": 16, "gradient_accumulation": 1, "batch_tokens": 9000}, {"device": "cpu"}),
+    ],
+)
+def test_what_changes_nothing_but_rounding_may_change(
+    tmp_path: Path, branch: dict[str, Any], others: dict[str, Any]
+) -> None:
+    run = RunDir(tmp_path)
+    run.begin(config(), INPUTS)
+    write_record(run.path / "before.json", EvaluationRecord())
+    other = config(branch=branch, **others)
+    run.begin(other, INPUTS)
+    assert run.config() == other
+    run.begin(config(), INPUTS)  # and back
+
+
+@pytest.mark.parametrize(
     ("changes", "names"),
     [
         ({"seed": 1}, ["seed"]),
+        ({"branch": {"batch_size": 2}}, ["branch.batch_size"]),  # half as many traces a step
+        (
+            {"branch": {"batch_size": 8, "gradient_accumulation": 8}},
+            ["branch.batch_size", "branch.gradient_accumulation"],
+        ),
+        ({"branch": {"max_length": 100, "loss_chunk": 1}}, ["branch.max_length"]),
         ({"lora": {"r": 8}, "branch": {"learning_rate": 1.0}}, ["lora.r", "branch.learning_rate"]),
         ({"quantization": "none"}, ["quantization"]),
         ({"student": "other"}, ["student"]),
@@ -272,10 +299,11 @@ def test_where_a_run_logs_may_change_whatever_stood_there_before() -> None:
         assert MAY_CHANGE.fullmatch(key)
     for key in (
         "branch.steps",
-        "branch.liger",
+        "branch.batch_size",
         "branch.report_to_all",
         "teachers.1.learning_rates",
         "teachers.1",
         "eval.samples",
+        "eval.batch_sizes",
     ):
         assert not MAY_CHANGE.fullmatch(key)

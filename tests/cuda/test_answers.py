@@ -113,7 +113,9 @@ def test_out_of_memory_halves_and_gives_the_same(qwen3: Path) -> None:
         gc.collect()
         assert falsecuda.held() == before
         torch.cuda.set_per_process_memory_fraction((before + 2**14) / total)
-        with pytest.raises(UserError, match=r"one by one .*; lower eval\.max_new_tokens 100 or branch\.max_length"):
+        with pytest.raises(
+            UserError, match=r"memory though one by one \(.*; free .*, or begin .* eval\.max_new_tokens below 100"
+        ):
             evaluate(model, tokenizer, questions, held_out, settings[8], seed=0)
         torch.cuda.set_per_process_memory_fraction(1.0)
 

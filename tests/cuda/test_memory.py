@@ -2,6 +2,7 @@
 
 import gc
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import falsecuda
 import pytest
 import torch
+import yaml
 from conftest import small_update
 from false_gpu import false_gpu
 from test_harness import tasks  # noqa: F401
@@ -20,6 +22,7 @@ from mot_lora.checkpoint import Checkpoint
 from mot_lora.compare import borrow, compare
 from mot_lora.config import Config, LoraConfig
 from mot_lora.consensus import consensus
+from mot_lora.reader import load_config
 from mot_lora.rundir import RunDir
 
 MakeConfig = Callable[..., Config]
@@ -130,7 +133,8 @@ def test_a_benchmark_has_one_student_on_the_card_at_a_time(make_config: MakeConf
 def test_out_of_memory_is_one_line_in_whatever_form_it_comes_and_the_run_goes_on(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = make_config(device="cuda", rounds=1, branch={**SMALL, "offload": "off"})
+    asked = {**SMALL, "offload": "off", "activation_checkpointing": False, "save_steps": 1, "steps": 3}
+    config = make_config(device="cuda", rounds=1, branch=asked)
 
     def full(stage: str, *_: Any, **__: Any) -> None:
         if stage == "load the student":
@@ -156,15 +160,27 @@ def test_out_of_memory_is_one_line_in_whatever_form_it_comes_and_the_run_goes_on
     for place, message, accelerator, begin in ends:
         failures = {place: lambda said=(message, accelerator): falsecuda.fail(*said)}
 
-        def watch(stage: str, *_: Any, failures: dict[str, Any] = failures, **__: Any) -> None:
-            failures.pop(stage, bool)()
+        def watch(stage: str, done: int, *_: Any, failures: dict[str, Any] = failures, **__: Any) -> None:
+            if done == (2 if "train" in stage else 1):
+                failures.pop(stage, bool)()
 
         with pytest.raises(UserError, match=message) as e:
             run(config, progress=watch)
         assert str(e.value).startswith(begin)
         assert "; " in str(e.value).partition(message)[2]  # what to do
         assert is_free()
-    assert run(config).stopped == "all rounds are done"
+        if place == "round 1, a, train":  # it is done to the letter, from the state that was saved after the first step
+            file = Path(config.output) / "asked.yaml"
+            file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+            overrides = re.findall(r"\S+=[^\s,]+", str(e.value).partition("go on with ")[2])
+            config = load_config(file, overrides)
+            assert config.branch.traces == 4
+            less = (config.branch.batch_size, config.branch.activation_checkpointing, config.branch.loss_chunk)
+            assert less == (1, True, 512)
+            assert list(Path(config.output).glob("round-001/.a.training/checkpoint-1/sealed.json"))
+    record = run(config)
+    assert record.stopped == "all rounds are done"
+    assert [b.train.steps for b in record.branches] == [3, 3]
 
 
 @false_gpu()
