@@ -9,8 +9,9 @@ from typing import Any
 import falsecuda
 import pytest
 import torch
-from conftest import true_updates
+from conftest import stored, true_updates
 from false_gpu import false_gpu
+from test_consensus import check_landscape
 from test_rounds import same_run
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -21,8 +22,11 @@ from mot_lora.branch import add_adapter, reset_adapter, train
 from mot_lora.chat import encode, load_tokenizer
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, LoraConfig
+from mot_lora.consensus import consensus
+from mot_lora.export import export
 from mot_lora.reader import demo_path
 from mot_lora.records import RunRecord
+from mot_lora.rundir import RunDir
 from mot_lora.traces import Trace
 
 MakeConfig = Callable[..., Config]
@@ -57,13 +61,15 @@ def close(got: RunRecord, want: RunRecord, within: float) -> bool:
     return losses(got) == pytest.approx(losses(want), abs=within)
 
 
-def runs_everywhere(make_config: MakeConfig, tmp_path: Path) -> None:
-    """A run of two rounds in each quantization, on this device and on the CPU."""
+def runs_everywhere(make_config: MakeConfig, tmp_path: Path) -> dict[str, Config]:
+    """A run of two rounds in each quantization, on this device and on the CPU; the former's configs."""
+    configs: dict[str, Config] = {}
     device = torch.cuda.get_device_name()
     for quantization in ("nf4", "int8", "none"):
         settings: dict[str, Any] = {"quantization": quantization, "branch": BRANCH}
         late, folder = falsecuda.late_copies(), tmp_path / quantization
-        record = run(make_config(**settings, device="cuda", output=str(folder)))
+        configs[quantization] = make_config(**settings, device="cuda", output=str(folder))
+        record = run(configs[quantization])
         assert falsecuda.reports() == ""
         assert falsecuda.late_copies() > late + 30
         assert falsecuda.pinned_peak() > 30_000
@@ -76,12 +82,30 @@ def runs_everywhere(make_config: MakeConfig, tmp_path: Path) -> None:
         for branch in record.branches:
             update = true_updates(folder / f"round-{branch.round:03d}" / branch.teacher)
             assert all(bool(u.any()) for u in update.values())
+    return configs
 
 
 @pytest.mark.usefixtures("small")
 @false_gpu()
-def test_a_run_on_a_card_gives_what_it_gives_on_a_cpu(make_config: MakeConfig, tmp_path: Path) -> None:
-    runs_everywhere(make_config, tmp_path)
+def test_a_run_on_a_card_gives_what_it_gives_on_a_cpu_and_so_does_who_looks_at_it(
+    make_config: MakeConfig, tmp_path: Path, qwen3: Path
+) -> None:
+    for quantization, config in runs_everywhere(make_config, tmp_path).items():
+        looked = consensus(config.output, traces=99)
+        check_landscape(config, looked, ends=False)
+        last = RunDir(Path(config.output)).round_record(2)
+        assert last
+        log_p = {teacher: -loss for teacher, loss in last.evaluation.losses.items()}
+        assert looked.confidence[-1].log_p == pytest.approx(log_p, rel=1e-4)
+        out = tmp_path / f"{quantization}-export"
+        assert export(config.output, out, round=2).survived > 0.9
+        base, made = stored(qwen3), stored(out)
+        folders = [Path(config.output) / f"round-{r:03d}" / t for r in (1, 2) for t in "ab"]
+        ledger = [true_updates(folder) for folder in folders]
+        for module in ledger[0]:
+            want = base[f"{module}.weight"].double() + sum(update[module] for update in ledger) / 2
+            assert torch.equal(made[f"{module}.weight"], want.float().to(torch.bfloat16))
+    assert falsecuda.reports() == ""
 
 
 @pytest.mark.usefixtures("small")
