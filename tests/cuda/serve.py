@@ -62,4 +62,5 @@ def main() -> None:
         print(json.dumps(run(**json.loads(line))), file=answers, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
