@@ -92,7 +92,7 @@ void* take(Memory& memory, size_t n) {
   void* p = nullptr;
   if (posix_memalign(&p, 64, n)) throw std::bad_alloc();
   std::memset(p, 0xCD, n);  // new memory holds anything
-  clock_++;  // the default stream may have used this memory for something else until now
+  clock_++;                 // the default stream may have used this memory for something else until now
   memory.blocks[static_cast<char*>(p)] = Block{n, clock_, clock_};
   memory.requested += n;
   memory.held += rounded(n);
@@ -120,10 +120,14 @@ void give_back(Memory& memory, void* p) {
 
 std::string words(size_t n) {
   char text[32];
-  if (n < 1024) std::snprintf(text, sizeof text, "%zu bytes", n);
-  else if (n < 1 << 20) std::snprintf(text, sizeof text, "%.2f KiB", n / 1024.0);
-  else if (n < 1 << 30) std::snprintf(text, sizeof text, "%.2f MiB", n / 1048576.0);
-  else std::snprintf(text, sizeof text, "%.2f GiB", n / 1073741824.0);
+  if (n < 1024)
+    std::snprintf(text, sizeof text, "%zu bytes", n);
+  else if (n < 1 << 20)
+    std::snprintf(text, sizeof text, "%.2f KiB", n / 1024.0);
+  else if (n < 1 << 30)
+    std::snprintf(text, sizeof text, "%.2f MiB", n / 1048576.0);
+  else
+    std::snprintf(text, sizeof text, "%.2f GiB", n / 1073741824.0);
   return text;
 }
 
@@ -139,12 +143,15 @@ void refuse_if_full(size_t n) {
   ooms++;
   std::string limit = card.fraction < 1 ? words(allowed()) + " allowed; " : "";
   TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", words(n),
-      ". GPU 0 has a total capacity of ", words(card.total), " of which ", words(card.total - std::min(card.total, held)),
-      " is free. ", limit, "Including non-PyTorch memory, this process has ", words(held),
-      " memory in use. Of the allocated memory ", words(held),
-      " is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated. If reserved but unallocated memory is "
-      "large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for Memory "
-      "Management  (https://docs.pytorch.org/docs/stable/notes/cuda.html#environment-variables)");
+                   ". GPU 0 has a total capacity of ", words(card.total), " of which ",
+                   words(card.total - std::min(card.total, held)), " is free. ", limit,
+                   "Including non-PyTorch memory, this process has ", words(held),
+                   " memory in use. Of the allocated memory ", words(held),
+                   " is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated. If reserved but "
+                   "unallocated memory is "
+                   "large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See "
+                   "documentation for Memory "
+                   "Management  (https://docs.pytorch.org/docs/stable/notes/cuda.html#environment-variables)");
 }
 
 // --- streams -----------------------------------------------------------------------------------
@@ -202,8 +209,10 @@ void finish_what_touches(const char* p, size_t n) {
     run_until(id, last);
   }
   for (auto it = downloads.begin(); it != downloads.end();)
-    if (overlap(p, n, it->to, it->size)) copy_now(*it), it = downloads.erase(it);
-    else ++it;
+    if (overlap(p, n, it->to, it->size))
+      copy_now(*it), it = downloads.erase(it);
+    else
+      ++it;
 }
 
 void free_device(void* p) {
@@ -270,7 +279,8 @@ void touch(const at::Tensor& tensor, bool writes) {
       for (auto& job : stream.jobs)
         if (!job.reported && (overlap(p, n, job.to, job.size) || (writes && overlap(p, n, job.from, job.size)))) {
           job.reported = true;
-          violation("the default stream used memory that a copy on stream " + std::to_string(id) + " was not done with");
+          violation("the default stream used memory that a copy on stream " + std::to_string(id) +
+                    " was not done with");
         }
 }
 
@@ -310,6 +320,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void* getStreamNativeHandle(const c10::Stream s) const override { return reinterpret_cast<void*>(s.id()); }
   bool queryStream(const c10::Stream& s) const override {
     Lock lock(mutex_);
+    if (s.id() == 0) finish_all(0);  // it is said to be done, and so it is
     return streams[s.id()].done >= streams[s.id()].issued;
   }
   void synchronizeStream(const c10::Stream& s) const override {
@@ -331,20 +342,26 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     auto mark = static_cast<Mark*>(event);
     if (!mark || mark->stream == s.id()) return;
     auto& waiting = streams[s.id()];
-    if (mark->stream == 0) waiting.seen = std::max(waiting.seen, mark->position);
-    else run_until(mark->stream, mark->position);  // at once: the one that waits may use it in any next operation
+    finish_uploads();
+    if (mark->stream == 0)
+      waiting.seen = std::max(waiting.seen, mark->position);
+    else
+      run_until(mark->stream, mark->position);  // at once: the one that waits may use it in any next operation
   }
   bool queryEvent(void* event) const override {
     Lock lock(mutex_);
     auto mark = static_cast<Mark*>(event);
+    if (mark && mark->stream == 0) finish_all(0);
     return !mark || mark->stream == 0 || streams[mark->stream].done >= mark->position;
   }
   void synchronizeEvent(void* event) const override {
     Lock lock(mutex_);
     auto mark = static_cast<Mark*>(event);
     if (!mark) return;
-    if (mark->stream == 0) finish_all(0);
-    else run_until(mark->stream, mark->position);
+    if (mark->stream == 0)
+      finish_all(0);
+    else
+      run_until(mark->stream, mark->position);
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Mark*>(event); }
   double elapsedTime(void*, void*, const c10::DeviceIndex) const override { return 0; }
@@ -363,7 +380,8 @@ constexpr int kMostCards = 8;
 struct Generator final : c10::GeneratorImpl {
   at::Generator inner;
   Generator(c10::DeviceIndex index, at::Generator inner)
-      : GeneratorImpl({c10::DeviceType::CUDA, index}, c10::DispatchKeySet(c10::DispatchKey::CUDA)), inner(std::move(inner)) {}
+      : GeneratorImpl({c10::DeviceType::CUDA, index}, c10::DispatchKeySet(c10::DispatchKey::CUDA)),
+        inner(std::move(inner)) {}
   void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
   void set_offset(uint64_t) override {}
   uint64_t get_offset() const override { return 0; }
@@ -425,7 +443,7 @@ constexpr c10::DispatchKeySet kCuda(c10::DispatchKey::CUDA);
 at::Tensor on_host(const at::Tensor& t) {
   if (!t.defined() || !t.is_cuda()) return t;
   auto made = at::from_blob(const_cast<void*>(t.const_data_ptr()), t.sizes(), t.strides(),
-      at::TensorOptions().dtype(t.scalar_type()).device(at::kCPU));
+                            at::TensorOptions().dtype(t.scalar_type()).device(at::kCPU));
   if (t.is_conj()) made._set_conj(true);
   if (t.is_neg()) made._set_neg(true);
   return made;
@@ -434,23 +452,25 @@ at::Tensor on_host(const at::Tensor& t) {
 at::Tensor on_device(const at::Tensor& t) {
   if (!t.defined() || t.is_cuda()) return t;
   bool dense = t.is_non_overlapping_and_dense();
-  at::Tensor made = at::detail::empty_strided_generic(t.sizes(), dense ? t.strides() : t.contiguous().strides(), &device_allocator,
-      kCuda, t.scalar_type());
+  at::Tensor made = at::detail::empty_strided_generic(t.sizes(), dense ? t.strides() : t.contiguous().strides(),
+                                                      &device_allocator, kCuda, t.scalar_type());
   on_host(made).copy_(t);
   return made;
 }
 
 at::Tensor empty_memory_format(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-    std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+                               std::optional<at::Device> device, std::optional<bool>,
+                               std::optional<at::MemoryFormat> format) {
   TORCH_CHECK(!device || device->index() <= 0, "only cuda:0 of the false GPUs has memory");
-  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &device_allocator, kCuda, c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &device_allocator, kCuda,
+                                   c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
-    std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
   TORCH_CHECK(!device || device->index() <= 0, "only cuda:0 of the false GPUs has memory");
-  return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &device_allocator,
-      kCuda, c10::dtype_or_default(dtype));
+  return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride),
+                                           &device_allocator, kCuda, c10::dtype_or_default(dtype));
 }
 
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
@@ -459,9 +479,11 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   auto id = current_stream;
   bool down = !self.is_cuda();
   bool plain = self.is_contiguous() && source.is_contiguous() && self.dtype() == source.dtype() &&
-      self.numel() == source.numel() && self.numel() && !source.is_conj() && !source.is_neg();
+               self.numel() == source.numel() && self.numel() && !source.is_conj() && !source.is_neg();
   bool waits = card.late && non_blocking && plain &&
-      (down ? is_pinned(self.const_data_ptr()) : source.is_cuda() ? id != 0 : is_pinned(source.const_data_ptr()));
+               (down               ? is_pinned(self.const_data_ptr())
+                : source.is_cuda() ? id != 0
+                                   : is_pinned(source.const_data_ptr()));
   auto& stream = streams[id];
   if (id) {  // has the side stream waited for what the default one did to this memory?
     if (source.is_cuda())
@@ -477,13 +499,19 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     touch(self, true);
   }
   if (!waits) {
-    if (id) run_until(id, stream.issued);
-    else if (down) finish_all(0);
+    if (id)
+      run_until(id, stream.issued);
+    else if (down)
+      finish_all(0);
     on_host(self).copy_(on_host(source).expand_as(self));
     return self;
   }
   late_copies += id != 0;
-  Job job{static_cast<char*>(self.mutable_data_ptr()), static_cast<const char*>(source.const_data_ptr()), self.nbytes(), {}, false};
+  Job job{static_cast<char*>(self.mutable_data_ptr()),
+          static_cast<const char*>(source.const_data_ptr()),
+          self.nbytes(),
+          {},
+          false};
   if (id == 0 && down) {
     job.snapshot.assign(job.from, job.size);
     downloads.push_back(std::move(job));
@@ -519,9 +547,9 @@ void record_stream(at::Tensor& self, at::Stream) {
 }
 
 at::Tensor& set_storage_offset(at::Tensor& self, at::Storage storage, c10::SymInt offset, c10::SymIntArrayRef size,
-    c10::SymIntArrayRef stride) {
+                               c10::SymIntArrayRef stride) {
   return at::native::set_storage_cpu_(self, std::move(storage), offset.expect_int(), C10_AS_INTARRAYREF_SLOW(size),
-      C10_AS_INTARRAYREF_SLOW(stride));
+                                      C10_AS_INTARRAYREF_SLOW(stride));
 }
 at::Tensor& set_storage(at::Tensor& self, at::Storage storage) { return at::native::set_(self, std::move(storage)); }
 at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) { return at::native::set_tensor_(self, source); }
@@ -539,11 +567,14 @@ const at::Tensor& resize_(const at::Tensor& self, c10::SymIntArrayRef size, std:
   return self;
 }
 
-at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<c10::SymInt> offset) {
+at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                      std::optional<c10::SymInt> offset) {
   auto start = offset ? std::optional<int64_t>(offset->expect_int()) : std::nullopt;
   return at::native::as_strided_tensorimpl(self, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), start);
 }
-at::Tensor view(const at::Tensor& self, c10::SymIntArrayRef size) { return at::native::view(self, C10_AS_INTARRAYREF_SLOW(size)); }
+at::Tensor view(const at::Tensor& self, c10::SymIntArrayRef size) {
+  return at::native::view(self, C10_AS_INTARRAYREF_SLOW(size));
+}
 at::Tensor reshape_alias(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
   return at::native::_reshape_alias(self, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
 }
@@ -571,7 +602,8 @@ struct Drawing {
 };
 
 bool takes_cpu_tensors(const std::string& name) {  // beside the device's
-  return name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_" || name.starts_with("aten::_foreach");
+  return name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_" ||
+         name.starts_with("aten::_foreach");
 }
 
 // Any other operation: the CPU's kernel, on the device's memory.
@@ -587,7 +619,8 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (!t.defined()) return;
     touch(t, written);
     TORCH_CHECK(t.is_cuda() || t.is_meta() || t.dim() == 0 || mixing,
-        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ", t.device(), "! (", schema.name(), ")");
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ",
+                t.device(), "! (", schema.name(), ")");
   };
   size_t begin = stack->size() - arguments.size();
   bool empty_out = false;
@@ -595,7 +628,8 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     auto& value = (*stack)[begin + i];
     bool written = writes(arguments[i]);
     empty_out |= arguments[i].is_out() && value.isTensor() && !value.toTensor().numel();
-    if (value.isTensor()) check(value.toTensor(), written);
+    if (value.isTensor())
+      check(value.toTensor(), written);
     else if (value.isTensorList())
       for (const at::Tensor& t : value.toTensorList()) check(t, written);
     else if (value.isOptionalTensorList())
@@ -609,7 +643,8 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<c10::IValue> given(stack->begin() + begin, stack->end());
   for (size_t i = 0; i < arguments.size(); i++) {
     auto& value = (*stack)[begin + i];
-    if (value.isTensor()) value = on_host(value.toTensor());
+    if (value.isTensor())
+      value = on_host(value.toTensor());
     else if (value.isTensorList()) {
       c10::List<at::Tensor> list;
       for (const at::Tensor& t : value.toTensorList()) list.push_back(on_host(t));
@@ -619,7 +654,8 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (const std::optional<at::Tensor>& t : value.toOptionalTensorList())
         list.push_back(t ? std::optional<at::Tensor>(on_host(*t)) : std::nullopt);
       value = std::move(list);
-    } else if (value.isDevice()) value = c10::Device(c10::DeviceType::CPU);
+    } else if (value.isDevice())
+      value = c10::Device(c10::DeviceType::CPU);
     else if (value.isGenerator() && value.toGenerator().device().is_cuda())
       value = static_cast<Generator*>(value.toGenerator().unsafeGetGeneratorImpl())->inner;
   }
@@ -632,8 +668,10 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (returns[i].alias_info()) {
       TORCH_CHECK(writes(returns[i]), schema.name(), " gives a view, which the false GPU does not know");
       for (size_t k = 0; k < arguments.size(); k++)
-        if (writes(arguments[k]) && arguments[k].alias_info()->beforeSets() == returns[i].alias_info()->beforeSets()) value = given[k];
-    } else if (value.isTensor()) value = on_device(value.toTensor());
+        if (writes(arguments[k]) && arguments[k].alias_info()->beforeSets() == returns[i].alias_info()->beforeSets())
+          value = given[k];
+    } else if (value.isTensor())
+      value = on_device(value.toTensor());
     else if (value.isTensorList()) {
       c10::List<at::Tensor> list;
       for (const at::Tensor& t : value.toTensorList()) list.push_back(on_device(t));
@@ -654,7 +692,9 @@ void begin(std::initializer_list<std::reference_wrapper<const at::Tensor>> tenso
   finish_uploads();
   clock_++;
   for (const at::Tensor& t : tensors) {
-    TORCH_CHECK(!t.defined() || t.is_cuda(), "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ", t.device(), "!");
+    TORCH_CHECK(!t.defined() || t.is_cuda(),
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ",
+                t.device(), "!");
     touch(t, false);
   }
 }
@@ -662,7 +702,7 @@ void begin(std::initializer_list<std::reference_wrapper<const at::Tensor>> tenso
 void check_out_dtype(const at::Tensor& a, at::ScalarType dtype) {
   bool half = a.scalar_type() == at::kHalf || a.scalar_type() == at::kBFloat16;
   TORCH_CHECK(dtype == a.scalar_type() || (dtype == at::kFloat && half),
-      "out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs");
+              "out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs");
 }
 
 // Sums in fp32, rounded once.
@@ -678,30 +718,35 @@ at::Tensor bmm_dtype(const at::Tensor& a, const at::Tensor& b, at::ScalarType dt
   check_out_dtype(a, dtype);
   return on_device(at::bmm(on_host(a).to(at::kFloat), on_host(b).to(at::kFloat)).to(dtype));
 }
-at::Tensor addmm_dtype(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype, const at::Scalar& beta,
-    const at::Scalar& alpha) {
+at::Tensor addmm_dtype(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+                       const at::Scalar& beta, const at::Scalar& alpha) {
   begin({c, a, b});
   check_out_dtype(a, dtype);
-  TORCH_CHECK(c.scalar_type() == dtype || c.scalar_type() == a.scalar_type(), "self dtype must match either out_dtype or mat1 dtype");
-  return on_device(at::addmm(on_host(c).to(at::kFloat), on_host(a).to(at::kFloat), on_host(b).to(at::kFloat), beta, alpha).to(dtype));
+  TORCH_CHECK(c.scalar_type() == dtype || c.scalar_type() == a.scalar_type(),
+              "self dtype must match either out_dtype or mat1 dtype");
+  return on_device(
+      at::addmm(on_host(c).to(at::kFloat), on_host(a).to(at::kFloat), on_host(b).to(at::kFloat), beta, alpha)
+          .to(dtype));
 }
 at::Tensor& addmm_dtype_out(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
-    const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
+                            const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
   return out.copy_(addmm_dtype(c, a, b, dtype, beta, alpha));
 }
 
 // Which kernel scaled_dot_product_attention takes: torch's rules for a card of this capability.
-int64_t choose_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
-    double dropout, bool is_causal, std::optional<double>, bool enable_gqa) {
+int64_t choose_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const std::optional<at::Tensor>& mask, double dropout, bool is_causal, std::optional<double>,
+                         bool enable_gqa) {
   sdp::sdp_params p{q, k, v, mask, dropout, is_causal, enable_gqa};
   auto type = q.scalar_type();
   bool half = type == at::kHalf || type == at::kBFloat16, ampere = card.major >= 8;
-  bool alike = q.dim() == 4 && type == k.scalar_type() && type == v.scalar_type() && q.size(-1) == k.size(-1) && sdp::check_tensor_shapes(p, false) &&
-      sdp::check_nonzero_sequence_lengths_dense(p, false) && sdp::check_last_dim_stride_equals_1_dense<true>(p, false);
+  bool alike = q.dim() == 4 && type == k.scalar_type() && type == v.scalar_type() && q.size(-1) == k.size(-1) &&
+               sdp::check_tensor_shapes(p, false) && sdp::check_nonzero_sequence_lengths_dense(p, false) &&
+               sdp::check_last_dim_stride_equals_1_dense<true>(p, false);
   auto& context = at::globalContext();
   bool square = !is_causal || q.size(-2) == k.size(-2);
-  if (alike && context.userEnabledFlashSDP() && ampere && half && !mask && square && q.size(-1) <= 256 && q.size(-1) == v.size(-1) &&
-      sdp::check_batch_size_and_num_heads_dense<true>(p, false))
+  if (alike && context.userEnabledFlashSDP() && ampere && half && !mask && square && q.size(-1) <= 256 &&
+      q.size(-1) == v.size(-1) && sdp::check_batch_size_and_num_heads_dense<true>(p, false))
     return static_cast<int64_t>(at::SDPBackend::flash_attention);
   int64_t unit = ampere ? (half ? 8 : 4) : half ? 8 : 1;
   bool takes = type == at::kFloat || type == at::kHalf || (type == at::kBFloat16 && ampere);
@@ -713,47 +758,59 @@ int64_t choose_attention(const at::Tensor& q, const at::Tensor& k, const at::Ten
 }
 
 // Keys or values, [batch, heads, tokens, width], on the host, once for each of q's heads.
-at::Tensor repeated(const at::Tensor& t, const at::Tensor& q) { return on_host(t).repeat_interleave(q.size(1) / t.size(1), 1); }
+at::Tensor repeated(const at::Tensor& t, const at::Tensor& q) {
+  return on_host(t).repeat_interleave(q.size(1) / t.size(1), 1);
+}
 
 // As the kernels lay it out: [batch, tokens, heads, width], seen as [batch, heads, tokens, width].
 at::Tensor empty_like_heads(const at::Tensor& t, int64_t width) {
   return empty_on_device({t.size(0), t.size(2), t.size(1), width}, t.scalar_type()).transpose(1, 2);
 }
 
-std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
-    double dropout, bool is_causal, std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                          const std::optional<at::Tensor>& mask, double dropout, bool is_causal,
+                                          std::optional<double> scale) {
   TORCH_CHECK(dropout == 0, "the false GPU's attention has no dropout");
   auto bias = mask ? std::optional<at::Tensor>(on_host(*mask).to(q.scalar_type())) : std::nullopt;
-  return at::_scaled_dot_product_flash_attention_for_cpu(on_host(q), repeated(k, q), repeated(v, q), 0, is_causal, bias, scale);
+  return at::_scaled_dot_product_flash_attention_for_cpu(on_host(q), repeated(k, q), repeated(v, q), 0, is_causal, bias,
+                                                         scale);
 }
 
 // Gradients on the host; those of shared keys and values one for each head.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attend_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& out, const at::Tensor& sums, const std::optional<at::Tensor>& mask, bool is_causal,
-    std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attend_backward(const at::Tensor& gradient, const at::Tensor& q,
+                                                               const at::Tensor& k, const at::Tensor& v,
+                                                               const at::Tensor& out, const at::Tensor& sums,
+                                                               const std::optional<at::Tensor>& mask, bool is_causal,
+                                                               std::optional<double> scale) {
   auto bias = mask ? std::optional<at::Tensor>(on_host(*mask).to(q.scalar_type())) : std::nullopt;
   auto lse = on_host(sums).narrow(2, 0, q.size(2)).contiguous();
-  return at::_scaled_dot_product_flash_attention_for_cpu_backward(on_host(gradient).contiguous(), on_host(q), repeated(k, q), repeated(v, q), on_host(out), lse, 0,
-      is_causal, bias, scale);
+  return at::_scaled_dot_product_flash_attention_for_cpu_backward(on_host(gradient).contiguous(), on_host(q),
+                                                                  repeated(k, q), repeated(v, q), on_host(out), lse, 0,
+                                                                  is_causal, bias, scale);
 }
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::SymInt, at::Tensor, at::Tensor, at::Tensor> flash(const at::Tensor& q,
-    const at::Tensor& k, const at::Tensor& v, double dropout, bool is_causal, bool, std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::SymInt, at::Tensor, at::Tensor, at::Tensor>
+flash(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double dropout, bool is_causal, bool,
+      std::optional<double> scale) {
   begin({q, k, v});
   auto out = empty_like_heads(q, v.size(-1));
   auto sums = empty_on_device({q.size(0), q.size(1), q.size(2)}, at::kFloat);
   auto [result, lse] = attend(q, k, v, std::nullopt, dropout, is_causal, scale);
   on_host(out).copy_(result);
   on_host(sums).copy_(lse);
-  auto seed = empty_on_device({2}, at::kUInt64), unused = empty_on_device({}, at::kUInt64), debug = empty_on_device({0}, q.scalar_type());
+  auto seed = empty_on_device({2}, at::kUInt64), unused = empty_on_device({}, at::kUInt64),
+       debug = empty_on_device({0}, q.scalar_type());
   return {out, sums, at::Tensor(), at::Tensor(), q.size(2), k.size(2), seed, unused, debug};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& out, const at::Tensor& sums, const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, double, bool is_causal,
-    const at::Tensor&, const at::Tensor&, std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_backward(const at::Tensor& gradient, const at::Tensor& q,
+                                                              const at::Tensor& k, const at::Tensor& v,
+                                                              const at::Tensor& out, const at::Tensor& sums,
+                                                              const at::Tensor&, const at::Tensor&, c10::SymInt,
+                                                              c10::SymInt, double, bool is_causal, const at::Tensor&,
+                                                              const at::Tensor&, std::optional<double> scale) {
   auto taken = gradient.transpose(1, 2).contiguous();
   begin({taken, q, k, v, out, sums});
   int64_t batch = q.size(0), heads = q.size(1), width = q.size(3), tokens = round_up(q.size(2), 128);
@@ -772,8 +829,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flash_backward(const at::Tensor& 
   return {dq, dk, dv};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const std::optional<at::Tensor>& mask, bool keeps_sums, double dropout, bool is_causal, std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient(const at::Tensor& q, const at::Tensor& k,
+                                                                     const at::Tensor& v,
+                                                                     const std::optional<at::Tensor>& mask,
+                                                                     bool keeps_sums, double dropout, bool is_causal,
+                                                                     std::optional<double> scale) {
   begin({q, k, v});
   auto out = empty_like_heads(q, v.size(-1));
   auto sums = empty_on_device({q.size(0), q.size(1), keeps_sums ? round_up(q.size(2), 32) : 0}, at::kFloat);
@@ -783,8 +843,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient(const at::T
   return {out, sums, at::zeros({}, at::kLong), at::zeros({}, at::kLong)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient_backward(const at::Tensor& gradient, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& mask, const at::Tensor& out, const at::Tensor& sums, const at::Tensor&, const at::Tensor&, double,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient_backward(
+    const at::Tensor& gradient, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask,
+    const at::Tensor& out, const at::Tensor& sums, const at::Tensor&, const at::Tensor&, double,
     std::array<bool, 4> wanted, bool is_causal, std::optional<double> scale) {
   if (!gradient.defined()) return {};
   TORCH_CHECK(!wanted[3], "the false GPU gives no gradient of a mask");
@@ -832,12 +893,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_scaled_dot_product_efficient_attention_backward", TORCH_FN(efficient_backward));
 }
 
-// What bitsandbytes has kernels for on CUDA. Its fallback in Python would make more tensors than they do, and compute in
-// what autocast says. gemm_4bit stays: for many rows it is a dequantized weight and a product there, too.
+// What bitsandbytes has kernels for on CUDA. Its fallback in Python would make more tensors than they do, and compute
+// in what autocast says. gemm_4bit stays: for many rows it is a dequantized weight and a product there, too.
 TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
-  for (auto name : {"int8_linear_matmul", "int8_linear_matmul.out", "int8_mm_dequant", "int8_vectorwise_quant", "quantize_blockwise",
-           "dequantize_blockwise", "dequantize_blockwise.out", "quantize_4bit", "dequantize_4bit", "dequantize_4bit.out", "gemv_4bit",
-           "gemv_4bit.out"})
+  for (auto name : {"int8_linear_matmul", "int8_linear_matmul.out", "int8_mm_dequant", "int8_vectorwise_quant",
+                    "quantize_blockwise", "dequantize_blockwise", "dequantize_blockwise.out", "quantize_4bit",
+                    "dequantize_4bit", "dequantize_4bit.out", "gemv_4bit", "gemv_4bit.out"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 
@@ -886,7 +947,9 @@ const char* false_reports() { return reports.c_str(); }
 int64_t false_late_copies() { return late_copies; }
 
 int false_device() { return current_device; }
-void false_set_device(int index) { Guard().uncheckedSetDevice({c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index)}); }
+void false_set_device(int index) {
+  Guard().uncheckedSetDevice({c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index)});
+}
 int64_t false_stream() { return current_stream; }
 void false_set_stream(int64_t id) { current_stream = id; }
 void false_synchronize() { Guard().synchronizeDevice(0); }

@@ -109,6 +109,16 @@ def test_copies_are_late_and_a_missing_wait_is_seen() -> None:
     assert torch.equal(there, x.cpu())
     assert (falsecuda.violations(), falsecuda.late_copies()) == (0, 1)
 
+    there.zero_()
+    there.copy_(x, non_blocking=True)  # also on the default stream, the host has to wait
+    assert not there.any()
+    assert main.record_event().query()
+    assert torch.equal(there, x.cpu())
+    there.fill_(7)
+    back.copy_(there, non_blocking=True)
+    there.fill_(8)  # too early
+    assert (back * 1).tolist() == [8] * 8
+
     x.mul_(2)
     out(wait=False).synchronize()
     assert falsecuda.violations() == 1

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from false_gpu import run_on
 from falsecuda import Card
 
@@ -49,3 +50,14 @@ def test_what_happens_there_is_told_here(tmp_path: Path, request: pytest.Fixture
     assert status == 0
     assert "not today" in said
     assert told("test_hangs", 0.5)[0] is None
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
+@pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_without_a_compiler_ci_fails_and_others_skip(
+    ci: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match=r"no false GPU here: there is no g\+\+"):
+        run_on(Card(), [], 1, request.config)
