@@ -41,7 +41,6 @@ struct {
   size_t total = 24ull << 30;  // bytes
   int major = 8, minor = 9, count = 1;
   double fraction = 1;
-  bool late = true;  // whether copies wait
 } card;
 
 // --- memory ------------------------------------------------------------------------------------
@@ -480,7 +479,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   bool down = !self.is_cuda();
   bool plain = self.is_contiguous() && source.is_contiguous() && self.dtype() == source.dtype() &&
                self.numel() == source.numel() && self.numel() && !source.is_conj() && !source.is_neg();
-  bool waits = card.late && non_blocking && plain &&
+  bool waits = non_blocking && plain &&
                (down               ? is_pinned(self.const_data_ptr())
                 : source.is_cuda() ? id != 0
                                    : is_pinned(source.const_data_ptr()));
@@ -924,7 +923,6 @@ void false_start(size_t total, int major, int minor, int count) {
 void false_set_total(size_t n) { card.total = n; }
 double false_fraction() { return card.fraction; }
 void false_set_fraction(double fraction) { card.fraction = fraction; }
-void false_set_late(int on) { card.late = on; }
 // kind 1: torch.AcceleratorError, else RuntimeError; after so many allocations that succeed
 void false_fail(const char* text, int kind, int after) { fails_with = text, fails_as = kind, fails_after = after; }
 

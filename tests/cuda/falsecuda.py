@@ -291,8 +291,3 @@ def set_memory(count: int) -> None:
 def fail(message: str, accelerator: bool = False, after: int = 0) -> None:
     """Let the next allocation end in a RuntimeError or a torch.AcceleratorError, or one after some that succeed."""
     _lib.false_fail(message.encode(), int(accelerator), after)
-
-
-def punctual() -> None:
-    """Let all copies happen at once from here on."""
-    _lib.false_set_late(0)

@@ -12,6 +12,7 @@ import torch
 from conftest import stored, true_updates
 from false_gpu import false_gpu
 from test_consensus import check_landscape
+from test_memory import is_free
 from test_rounds import same_run
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -214,3 +215,32 @@ def test_offloading_gives_the_same_bytes_and_not_without_its_waits(deep: Path, m
     only(lambda stream: stream.stream_id != 0)  # who computes does not wait for copies
     assert not same(trained("on"), plain)
     assert falsecuda.violations() > seen
+
+
+# --- a card that is too small ----------------------------------------------------------------------
+
+
+@false_gpu()
+def test_a_card_that_is_full_is_one_line_wherever_it_happens_and_the_run_goes_on(make_config: MakeConfig) -> None:
+    config = make_config(device="cuda", rounds=1)
+    whole = torch.cuda.mem_get_info()[1]
+    places = {
+        "load the student": 50_000,
+        "before, answer": 4096,
+        "round 1, a, train": 4096,
+        "round 1, b, answer": 4096,
+        "round 1, fold": 4096,
+    }
+    for place, left in places.items():
+
+        def fill(stage: str, *_: Any, place: str = place, left: int = left, **__: Any) -> None:
+            if stage == place:
+                torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + left) / whole)
+
+        ooms = torch.cuda.memory_stats()["num_ooms"]
+        with pytest.raises(UserError, match=r"out of memory.*\(.*CUDA out of memory\. Tried to allocate .*; "):
+            run(config, progress=fill)
+        assert torch.cuda.memory_stats()["num_ooms"] > ooms
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        assert is_free()
+    assert run(config).stopped == "all rounds are done"
