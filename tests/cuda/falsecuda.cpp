@@ -881,6 +881,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("view", TORCH_FN(view));
   m.impl("_reshape_alias", TORCH_FN(reshape_alias));
   m.impl("unfold", TORCH_FN(at::native::unfold));
+  // torch makes it of others where a device has no kernel of its own
+  m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   m.impl("mm.dtype", TORCH_FN(mm_dtype));
   m.impl("bmm.dtype", TORCH_FN(bmm_dtype));
   m.impl("addmm.dtype", TORCH_FN(addmm_dtype));
@@ -892,13 +894,33 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_scaled_dot_product_efficient_attention_backward", TORCH_FN(efficient_backward));
 }
 
+// In fp16 first, whatever is wanted.
+void int8_mm_dequant(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  auto& dtype = torch::jit::peek(*stack, 3, 5);
+  auto wanted = dtype.isNone() ? at::kHalf : dtype.toScalarType();
+  dtype = static_cast<int64_t>(at::kHalf);
+  run_on_cpu(op, stack);
+  stack->back() = stack->back().toTensor().to(wanted);
+}
+
+// Outliers are looked for with a mask.
+void int8_vectorwise_quant(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  auto a = torch::jit::peek(*stack, 0, 2).toTensor();
+  double threshold = stack->back().toDouble();
+  TORCH_CHECK(a.scalar_type() == at::kHalf, "A must be float16, got ", a.scalar_type());
+  run_on_cpu(op, stack);
+  if (threshold > 0) a.abs().ge(threshold);
+}
+
 // What bitsandbytes has kernels for on CUDA. Its fallback in Python would make more tensors than they do, and compute
 // in what autocast says. gemm_4bit stays: for many rows it is a dequantized weight and a product there, too.
 TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
-  for (auto name : {"int8_linear_matmul", "int8_linear_matmul.out", "int8_mm_dequant", "int8_vectorwise_quant",
-                    "quantize_blockwise", "dequantize_blockwise", "dequantize_blockwise.out", "quantize_4bit",
-                    "dequantize_4bit", "dequantize_4bit.out", "gemv_4bit", "gemv_4bit.out"})
+  for (auto name : {"int8_linear_matmul", "int8_linear_matmul.out", "quantize_blockwise", "dequantize_blockwise",
+                    "dequantize_blockwise.out", "quantize_4bit", "dequantize_4bit", "dequantize_4bit.out", "gemv_4bit",
+                    "gemv_4bit.out"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  m.impl("int8_mm_dequant", torch::CppFunction::makeFromBoxedFunction<&int8_mm_dequant>());
+  m.impl("int8_vectorwise_quant", torch::CppFunction::makeFromBoxedFunction<&int8_vectorwise_quant>());
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
