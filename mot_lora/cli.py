@@ -106,6 +106,30 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command(rich_help_panel=LOOP)
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine is, and what would stop a run on it; exit status 1 where something would.
+
+    Example: mot-lora doctor
+    """
+    from mot_lora.display import screen
+    from mot_lora.doctor import doctor as look
+    from mot_lora.tables import machine_table
+
+    machine = look()
+    if as_json:
+        print_json({**machine.model_dump(mode="json"), "stops": machine.stops, "remarks": machine.remarks})
+    else:
+        console = screen()
+        console.print(machine_table(machine))
+        for line in (*machine.remarks, *(f"stops a run: {stop}" for stop in machine.stops)):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        if not machine.stops:
+            console.print("nothing here would stop a run")
+    if machine.stops:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=LOOP)
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,

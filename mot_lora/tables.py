@@ -29,6 +29,7 @@ from mot_lora.records import (
 from mot_lora.report import columns, memory_note, table_rows
 
 if TYPE_CHECKING:
+    from mot_lora.doctor import MachineRecord
     from mot_lora.harness import HarnessRecord
     from mot_lora.plan import PlanRecord
 
@@ -222,6 +223,27 @@ def plan_line(record: "PlanRecord") -> str:
     if record.change:
         said.append(f"to make it fit: {' '.join(record.change)}")
     return "; ".join(said)
+
+
+def machine_table(machine: "MachineRecord") -> Table:
+    """What a machine is."""
+    out = Table(title="this machine", box=SIMPLE_HEAD, padding=(0, 1), show_header=False)
+    rows = [("GPU", f"{g.name}, {size(g.free)} of {size(g.total)} free, {g.capability}") for g in machine.gpus]
+    rows = rows or [("GPU", "none that torch can use")]
+    rows += [("bf16", "yes" if all(g.bf16 for g in machine.gpus) else "no: fp16")] if machine.gpus else []
+    library = "its CUDA library" if machine.bitsandbytes_cuda else "no CUDA library"
+    rows += [
+        ("driver", machine.driver or "none found"),
+        ("torch's CUDA", machine.cuda or "none: a CPU build"),
+        ("bitsandbytes", f"{machine.versions.get('bitsandbytes')}, {library}"),
+        ("memory of the machine", f"{size(machine.host_free)} of {size(machine.host_limit)} free"),
+        *((f"disk at {place}", f"{size(free)} free") for place, free in machine.disk.items()),
+        ("system", machine.system),
+        *((name, version or "not installed") for name, version in machine.versions.items() if name != "bitsandbytes"),
+    ]
+    for row in rows:
+        out.add_row(*map(Text, row))
+    return out
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
