@@ -222,3 +222,14 @@ def test_a_run_does_not_go_on_on_another_device_unless_told_to(
         assert taken
         assert taken.device
         assert (taken.device.kind, taken.files != made.files) == ("cpu", True)
+
+
+@false_gpu(name="Tesla T4", gib=16, capability="7.5")
+def test_a_benchmark_is_computed_in_fp16_where_there_is_no_bf16(
+    make_config: MakeConfig,
+    tasks: Path,  # noqa: F811
+) -> None:
+    config = make_config(device="cuda", rounds=1, branch=SMALL)
+    run(config)
+    record = evaluate_run(config.output, ["choices"], round=1, include_path=tasks, limit=2)
+    assert [r.weights for r in record.results] == ["float16"]
