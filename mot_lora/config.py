@@ -165,7 +165,9 @@ class BranchConfig(Settings):
         """The largest batch that is computed at once, where the longest trace has so many tokens: traces, and tokens
         of each. With `batch_tokens`, as one trace that has as many as all of them.
         """
-        return (1, max(longest, self.batch_tokens)) if self.batch_tokens else (self.batch_size, longest)
+        if self.batch_tokens is None:
+            return self.batch_size, longest
+        return 1, max(longest, min(self.batch_tokens, self.traces * longest))
 
     @field_validator("offload", "liger", mode="before")
     @classmethod

@@ -544,7 +544,7 @@ def test_the_template_says_every_setting_that_there_is() -> None:
 def test_what_the_template_says_in_comments_is_the_default() -> None:
     spoken, plain = uncommented(TEMPLATE), yaml.safe_load(TEMPLATE)
     apart = {"report_to", "density", "space", "data", "limit", "split", "subset", "columns", "samples"}
-    apart |= {"validation", "forgetting", "traces", "noisy", "final"}
+    apart |= {"validation", "forgetting", "traces", "noisy", "final", "batch_tokens"}
     for name, group in GROUPS.items():
         for key in set(spoken[name]) - set(plain.get(name) or {}) - apart - {"temperature", "top_p"}:
             assert spoken[name][key] == group.model_fields[key].default, (name, key)
