@@ -275,7 +275,9 @@ class Loop:
         settings: EvalConfig | None = None,
     ) -> tuple[EvaluationRecord, list[Answer]]:
         """Evaluate the student on these questions and traces, with no more memory than training takes."""
-        longest = max(max(lengths) for lengths in self.data.lengths.values())
+        # not of the traces that are trained on, which differ between the arms of a comparison: what they share would too
+        held = [len(e) for examples in self.data.held_out.values() for e in examples]
+        longest = max(held, default=self.config.branch.max_length)
         ours = {"tokens": loss_tokens(self.config.branch, longest)} if self.evaluate is evaluate else {}
         with nullcontext() if adapter else self.model.disable_adapter():
             return self.evaluate(

@@ -184,6 +184,8 @@ class Need:
     def _answer(self, e: EvalConfig, tokens: int) -> Pass:
         """As many answers as are written at once, where the longest trace has so many tokens."""
         how = Decoding(e.max_new_tokens, frozenset(), e.temperature, e.top_p)
+        if not (self.config.eval.holdout or self.config.eval.traces):  # then the settings alone bound what is read
+            tokens = self.config.branch.max_length
         return self.student.answer(e.batch_size * e.samples, how, loss_tokens(self.config.branch, tokens))
 
     def peak(self, tokens: int) -> int:

@@ -211,7 +211,7 @@ def test_out_of_memory_for_a_single_one_ends_in_one_line(model: PeftModel, token
         with memory_for(model, 0), pytest.raises(UserError) as caught:
             evaluate(model, tokenizer, questions, held_out, EvalConfig(max_new_tokens=8), seed=0)
         assert "2.00 GiB" in str(caught.value)
-        assert "eval.max_new_tokens 8 or branch.max_length" in str(caught.value)
+        assert "eval.max_new_tokens below 8 or a smaller branch.max_length" in str(caught.value)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -277,7 +277,8 @@ def test_what_survives_is_measured_as_it_is_written(
     assert kept.survived == pytest.approx(sum(k for k, _ in all_sums) / sum(d for _, d in all_sums), rel=1e-5)
     assert kept.worst == (min(kept_in, key=kept_in.__getitem__), pytest.approx(min(kept_in.values()), rel=1e-5))
     assert kept.faded == (dtype == torch.bfloat16)
-    assert kept.survived == pytest.approx(1, abs=1e-6) or dtype != torch.float32
+    # of an update of a thousandth of W, fp32 rounds an entry by up to 2**-24 / 1e-3, at random
+    assert kept.survived == pytest.approx(1, abs=1e-5) or dtype != torch.float32
 
 
 def test_an_update_of_nothing_survives_in_no_share(qwen3: Path, tmp_path: Path) -> None:
