@@ -275,7 +275,7 @@ class Loop:
         settings: EvalConfig | None = None,
     ) -> tuple[EvaluationRecord, list[Answer]]:
         """Evaluate the student on these questions and traces, with no more memory than training takes."""
-        # not of the traces that are trained on, which differ between the arms of a comparison: what they share would too
+        # by held-out traces: those that are trained on differ between a comparison's arms, and what these share would
         held = [len(e) for examples in self.data.held_out.values() for e in examples]
         longest = max(held, default=self.config.branch.max_length)
         ours = {"tokens": loss_tokens(self.config.branch, longest)} if self.evaluate is evaluate else {}
