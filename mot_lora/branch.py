@@ -35,7 +35,7 @@ from mot_lora.offload import Offload, capacity, kept_bytes, offloads
 from mot_lora.progress import Progress, silent
 from mot_lora.records import TrainRecord
 from mot_lora.rundir import Job
-from mot_lora.savepoint import discard, newest
+from mot_lora.savepoint import SCHEDULE, discard, newest
 from mot_lora.traces import Example
 from mot_lora.trainer import BranchTrainer, Track, Watch
 
@@ -150,7 +150,8 @@ def train(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         found = newest(folder)
-        if found and found[1].learning_rate != settings.learning_rate:  # its optimizer would go on with the old one
+        # its optimizer would go on with the old one, or it has learned by another schedule
+        if found and (found[1].learning_rate, found[1].schedule) != (settings.learning_rate, SCHEDULE):
             discard(folder.glob("checkpoint-*"))
             found = None
         set_checkpoints(model.get_base_model(), settings)
@@ -180,7 +181,7 @@ def train(
         stack.enter_context(enough_memory("", _advice(settings, max(map(len, examples)), stays)))
         try:
             trainer.go_on(found[0] if found else None)
-            _check_finite(model)
+            _check_trained(model, settings)
             if job:
                 trainer.keep()
         except INTERRUPTS:
@@ -249,7 +250,6 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
         num_train_epochs=settings.epochs or 1,
         per_device_train_batch_size=settings.traces,  # which the trainer cuts into what is computed at once
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=settings.warmup,
         max_grad_norm=settings.max_grad_norm,
         weight_decay=settings.weight_decay,
@@ -268,10 +268,16 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
     return arguments
 
 
-def _check_finite(model: PeftModel) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
+def _check_trained(model: PeftModel, settings: BranchConfig) -> None:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        if not parameter.isfinite().all():
             raise DivergedError(f"{name} is not finite after the last step: lower its learning_rate")
+    if not any(parameter.any() for name, parameter in trained.items() if "lora_B" in name):
+        fp16 = "; in fp16 the first steps' gradients can overflow: give it more steps" * (model.dtype == torch.float16)
+        raise DivergedError(
+            f"no step changed the adapter: raise its learning_rate, now {settings.learning_rate:g}{fp16}"
+        )
 
 
 def _advice(settings: BranchConfig, longest: int, stays: bool) -> str:

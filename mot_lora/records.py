@@ -101,10 +101,13 @@ class BranchRecord(Record):
 
 
 class SealRecord(Record):
-    """A state within a branch, whole: the sha256 of its files, its learning rate; tokens and seconds that it took."""
+    """A state within a branch, whole: the sha256 of its files, its learning rate and that one's schedule; tokens and
+    seconds that it took.
+    """
 
     files: dict[str, str]
     learning_rate: float
+    schedule: int = 1
     tokens: int
     seconds: float
 

@@ -12,6 +12,8 @@ from mot_lora.durable import check_files, read_record, sha256, sync, write_recor
 from mot_lora.records import SealRecord
 from mot_lora.rundir import SEAL
 
+SCHEDULE = 2  # of the learning rate, as `rate_share` has it; the first one began with a step at rate 0
+
 
 def seal(checkpoint: Path, learning_rate: float, tokens: int, seconds: float) -> None:
     """Declare a checkpoint whole, by a record of its files that is written last; older ones then go."""
@@ -19,7 +21,7 @@ def seal(checkpoint: Path, learning_rate: float, tokens: int, seconds: float) ->
     for file in (*files.values(), checkpoint):  # a seal must not outlive in a power cut what it vouches for
         sync(file)
     checksums = {name: sha256(f) for name, f in files.items()}
-    record = SealRecord(files=checksums, learning_rate=learning_rate, tokens=tokens, seconds=seconds)
+    record = SealRecord(files=checksums, learning_rate=learning_rate, schedule=SCHEDULE, tokens=tokens, seconds=seconds)
     write_record(checkpoint / SEAL, record)
     discard(p for p in checkpoint.parent.glob("checkpoint-*") if p != checkpoint)
 

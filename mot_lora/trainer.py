@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -25,6 +27,22 @@ from mot_lora.rundir import Job
 from mot_lora.savepoint import discard, is_sealed, remember_randomness, seal
 from mot_lora.traces import Example, batches
 from mot_lora.tracking import open_tracker
+
+
+def rate_share(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """The share of the learning rate that a step has, counted from 0: k / warmup in the k-th step of warm-up, then 1,
+    or down from there to what would be 0 after the last step.
+
+    transformers' schedules begin with a step at rate 0 where there is warm-up, which trains nothing.
+
+    >>> [round(rate_share(i, 5, 2, "linear"), 2) for i in range(5)]
+    [0.5, 1.0, 0.75, 0.5, 0.25]
+    """
+    peak = max(warmup - 1, 0)
+    if step < peak:
+        return (step + 1) / warmup
+    done = (step - peak) / (steps - peak)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule]
 
 
 class BranchTrainer(Trainer):
@@ -45,6 +63,15 @@ class BranchTrainer(Trainer):
         self.trained_tokens = 0
         if model.dtype == torch.float16:  # by `fp16` the Trainer would wrap the model's forward, anew for each branch
             self.accelerator.scaler = torch.amp.GradScaler(model.device.type)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """The schedule of the learning rate (`rate_share`)."""
+        steps, schedule = num_training_steps, self.settings.schedule
+        warmup = self.args.get_warmup_steps(steps)
+        self.lr_scheduler = LambdaLR(
+            optimizer or cast("Optimizer", self.optimizer), lambda step: rate_share(step, steps, warmup, schedule)
+        )
+        return self.lr_scheduler
 
     @property
     def losses(self) -> list[float]:

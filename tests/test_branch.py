@@ -452,9 +452,9 @@ def test_epochs_train_on_every_trace_as_often(
     ("changes", "want"),
     [
         ({"schedule": "constant", "warmup": 0}, [1] * 8),
-        ({"schedule": "constant", "warmup": 0.5}, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+        ({"schedule": "constant", "warmup": 0.5}, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
         ({"schedule": "linear", "warmup": 0}, [1 - i / 8 for i in range(8)]),
-        ({"schedule": "cosine", "warmup": 0.25}, [0, 0.5, *((1 + math.cos(math.pi * i / 6)) / 2 for i in range(6))]),
+        ({"schedule": "cosine", "warmup": 0.25}, [0.5, *((1 + math.cos(math.pi * i / 7)) / 2 for i in range(7))]),
     ],
 )
 def test_the_learning_rate_follows_the_schedule(

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_lora.branch import reset_adapter, train
 from mot_lora.chat import encode, load_tokenizer
-from mot_lora.durable import DamagedError
+from mot_lora.durable import DamagedError, write_record
 from mot_lora.interruption import Shield, signals_raise
 from mot_lora.records import TrainRecord
 from mot_lora.rundir import Job, RunDir
@@ -271,6 +271,20 @@ def test_signals_are_exceptions_only_within_the_block_and_where_nobody_has_other
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_a_state_of_another_schedule_begins_the_branch_anew(branch: Branch, tmp_path: Path, begun: Path) -> None:
+    place = job(tmp_path / "parts")
+    shutil.copytree(begun, place.state)
+    found = newest(place.state)
+    assert found
+    write_record(found[0] / "sealed.json", found[1].model_copy(update={"schedule": 1}))
+    steps: list[int] = []
+    got, again = branch.train(place, lambda _, done, *__, steps=steps, **___: steps.append(done))
+    whole, record = branch.train(job(tmp_path / "whole"))
+    assert steps[0] == 0
+    assert same(got, whole)
+    assert again == record
 
 
 def test_another_learning_rate_begins_the_branch_anew(branch: Branch, tmp_path: Path) -> None:
