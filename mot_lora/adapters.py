@@ -1,6 +1,7 @@
 """PEFT LoRA adapters from folders and from the Hub."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -14,8 +15,10 @@ from mot_lora.kinds import CONFIG_FILE, Base, Source
 from mot_lora.layout import Layout
 from mot_lora.lowrank import Adapter
 from mot_lora.tensorfile import TensorFile
+from mot_lora.wrappers import unwrapped_config
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+DEEPER = 4  # adapters of a folder that are named, those of the last steps first
 
 
 def _is_pattern(text: str) -> str:
@@ -62,6 +65,8 @@ def load_adapter(
     >>> load_adapter("runs/demo/round-001/steps").name  # doctest: +SKIP
     'steps'
     """
+    if Path(path).is_file():
+        raise UserError(f"{path}: a file, not an adapter folder; name the folder that holds it")
     folder = locate(path, [CONFIG_FILE, WEIGHTS_FILE], "adapter")
     config = _read_config(folder)
     file = folder / WEIGHTS_FILE
@@ -83,15 +88,26 @@ def load_adapter(
         return Layout(Checkpoint.open(cast("str", said)))
 
     shapes = {key: entry.shape for key, entry in stored.entries.items()}
+    config = unwrapped_config(config, shapes)
     source = Source(str(file), config, shapes, lambda key: stored.read(key, device), opened)
     return Adapter(name or Path(path).resolve().name, source.updates(), config.get("base_model_name_or_path"), config)
+
+
+def _deeper(folder: Path) -> str:
+    """Where the adapters lie that a folder holds, as trainers and PEFT's named adapters leave them."""
+    found = {f.parent for depth in ("*", "*/*", "*/*/*") for f in folder.glob(f"{depth}/{CONFIG_FILE}")}
+    if not found:
+        return ""
+    last = sorted(found, key=lambda f: ([int(n) for n in re.findall(r"\d+", f.name)], str(f)), reverse=True)
+    more = f" and {len(last) - DEEPER} more" if len(last) > DEEPER else ""
+    return f"; name an adapter that lies in it: {', '.join(map(str, last[:DEEPER]))}{more}"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG_FILE
     if not file.exists():
         what = "a full model, not an adapter" if (path / "config.json").exists() else "not an adapter folder"
-        raise UserError(f"{path}: {what}: it has no {CONFIG_FILE}")
+        raise UserError(f"{path}: {what}: it has no {CONFIG_FILE}{_deeper(path)}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:

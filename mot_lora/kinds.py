@@ -13,9 +13,9 @@ from mot_lora.config import first_match
 from mot_lora.errors import UserError
 from mot_lora.lowrank import Dense, Factors, Form, Origin, Update, concatenate
 from mot_lora.targets import ends, is_target, is_within, refusal
+from mot_lora.wrappers import PREFIX, unwrapped
 
 CONFIG_FILE = "adapter_config.json"
-PREFIX = "base_model.model."
 
 Read = Callable[[str], Tensor]
 Maker = Callable[[Read], Update]
@@ -32,7 +32,7 @@ class Base(Protocol):
 
 @dataclass
 class Source:
-    """An adapter's config and tensors, in PEFT's names, wherever they come from; it makes updates of them.
+    """An adapter's config, in PEFT's names, and its tensors, wherever they come from; it makes updates of them.
 
     `label` is what errors name; `open_base` gives the base when an update first needs it.
     """
@@ -58,8 +58,10 @@ class Source:
         if why := refusal(self.config):
             raise UserError(f"{self.label}: cannot be merged exactly: {why}")
         groups: dict[str, dict[str, str]] = {}
-        for key in self.shapes:
-            module, kind = _classify(key, self.label)
+        for key, name in unwrapped(self.shapes, self.label, self._same).items():
+            module, kind = _classify(name, key, self.label)
+            if any(part.startswith("_") for part in module.split(".")):
+                self._check_module(module, key)
             groups.setdefault(module, {})[kind] = key
         makers: dict[str, Maker] = {}
         for module in _in_order(groups):
@@ -69,6 +71,9 @@ class Source:
             raise UserError(f"{self.label}: holds no LoRA factors")
         self._check_targets(groups, makers)
         return Made(makers, self.read, lambda key: torch.empty(self.shapes[key], device="meta"))
+
+    def _same(self, one: str, other: str) -> bool:
+        return torch.equal(self.read(one), self.read(other))
 
     def _module(
         self, module: str, keys: Mapping[str, str], groups: Mapping[str, Mapping[str, str]]
@@ -86,8 +91,6 @@ class Source:
                 raise UserError(f"{self.label}: module {name} has only its lora_{next(k for k in pair if k in left)}")
             a, b = (left.pop(kind) for kind in pair)
             key, factors = self._factors(module, name, a, b, embedding, groups)
-            if copy := left.pop("copy", None):
-                self._check_copy(name, copy)
             for setting, kind in (("use_dora", "magnitude"), ("lora_bias", "B.bias")):
                 if self.config.get(setting) and kind not in left:
                     raise UserError(f"{self.label}: module {name} has no {kind}, which {setting} asks for")
@@ -96,12 +99,14 @@ class Source:
             out[key] = factors
             if self.config.get("lora_bias"):
                 out[f"{name}.bias"] = self._bias(name, left.pop("B.bias"))
-        for kind in [k for k in left if k.startswith("whole.")]:
-            parameter = kind.removeprefix("whole.")
-            key = name if parameter == "weight" else f"{name}.{parameter}" if name else parameter
-            if not self._is_whole(name):
-                raise UserError(f"{self.label}: key {left[kind]} is no part of a LoRA, so it cannot be merged")
-            out[key] = self._whole(key, left.pop(kind))
+        for kind in [k for k in left if k.startswith(("whole.", "copy."))]:
+            said, _, parameter = kind.partition(".")
+            full = f"{name}.{parameter}" if name else parameter
+            key = name if parameter == "weight" else full
+            if said == "whole" and self._is_whole(name):
+                out[key] = self._whole(key, full, left.pop(kind))
+            else:
+                self._check_copy(key, full, left.pop(kind), trainable=said == "whole")
         if left:
             raise UserError(f"{self.label}: key {next(iter(left.values()))} is no part of a LoRA; it cannot be merged")
         return out
@@ -229,7 +234,7 @@ class Source:
             return True
         return bool(self.config.get("ensure_weight_tying")) and f"{name}.weight" in self.base.tied
 
-    def _whole(self, key: str, stored: str) -> Maker:
+    def _whole(self, key: str, full: str, stored: str) -> Maker:
         """A trained copy of a parameter: D = copy - W."""
         base = self.base
 
@@ -238,25 +243,64 @@ class Source:
                 new = read(stored).to(dtype)
                 return (new.T if flip else new) - base.weight(key, dtype).to(new.device)
 
-            origin = Origin(stored.removeprefix(PREFIX), lambda dtype: base.weight(key, dtype), flip)
+            origin = Origin(full, lambda dtype: base.weight(key, dtype), flip)
             return Dense(torch.Size(shape), delta, "whole", origin)
 
-        shape = list(self.shapes[stored])
-        owner = stored.removeprefix(PREFIX).rpartition(".")[0]
-        flip = len(shape) == 2 and type(base.module(owner)).__name__ == "Conv1D"
-        shape = shape[::-1] if flip else shape
-        if list(base.weight(key).shape) != shape:
-            raise UserError(f"{self.label}: {stored} is {list(self.shapes[stored])}, its base's has another shape")
+        flip = self._is_turned(full, stored)
+        shape = list(self.shapes[stored])[:: -1 if flip else 1]
+        size = list(base.weight(key).shape)
+        if size != shape:
+            raise UserError(self._resized(stored, shape, size))
         return make
 
-    def _check_copy(self, name: str, key: str) -> None:
-        """PEFT saves a copy of the base's weight beside a LoRA of an embedding or a head; it must be the base's."""
-        copy = self.read(key)
-        weight = self.base.weight(name)
-        if weight.shape != copy.shape or not torch.equal(weight.to(copy.dtype), copy.to(weight.device)):
+    def _is_turned(self, full: str, stored: str) -> bool:
+        """Whether a parameter is stored [in, out]."""
+        owner = self.base.module(full.rpartition(".")[0])
+        return len(self.shapes[stored]) == 2 and type(owner).__name__ == "Conv1D"
+
+    def _check_copy(self, key: str, full: str, stored: str, trainable: bool) -> None:
+        """PEFT saves the base's embeddings and head beside a LoRA that may need them; they must be the base's own.
+
+        A vocabulary that was cut to the tokenizer's size, and no row of it trained, is the base's too.
+        """
+        try:
+            base = self.base
+        except UserError as e:
             raise UserError(
-                f"{self.label}: {key} is not the base's weight: it was resized or trained; merge into that base"
+                f"{self.label}: key {stored} is no part of a LoRA, and whether it is the base's own weight cannot be "
+                f"told without it ({e})"
+            ) from e
+        weight, copy = base.weight(key), self.read(stored)
+        copy = copy.T if self._is_turned(full, stored) else copy
+        same = copy.shape[1:] == weight.shape[1:] and 0 < len(copy) <= len(weight)
+        if same and _are_rounded(weight[: len(copy)].to(copy.device), copy):
+            return
+        listed = f"list `{full.rpartition('.')[0]}` in modules_to_save of {CONFIG_FILE}" if trainable else ""
+        if copy.shape != weight.shape:
+            also = f"; then {listed} if it was trained" if listed else ""
+            raise UserError(self._resized(stored, list(copy.shape), list(weight.shape)) + also)
+        raise UserError(
+            f"{self.label}: {stored} is not the base's weight: it was trained too, or is of another base; "
+            f"name that one with base= or --base{f', or {listed} if it was trained' if listed else ''}"
+        )
+
+    def _resized(self, stored: str, shape: list[int], size: list[int]) -> str:
+        line = f"{self.label}: {stored} is {shape}, its base's has another shape, {size}"
+        if 0 in shape:
+            return f"{line}: it was saved empty, as DeepSpeed ZeRO-3 does with what it has not gathered; save it again"
+        if shape[1:] == size[1:]:
+            return (
+                f"{line}: its vocabulary was resized; resize the base's as well (model.resize_token_embeddings("
+                f"{shape[0]}), save_pretrained with the adapter's tokenizer) and name that one with base= or --base"
             )
+        return f"{line}; is it its base?"
+
+    def _check_module(self, module: str, key: str) -> None:
+        """UserError for a name that some wrapper has left; only the base knows a model's own such names."""
+        try:
+            self.base.module(module)
+        except UserError as e:
+            raise UserError(f"{self.label}: key {key} holds a name that is a wrapper's or its base's own: {e}") from e
 
     def _check_targets(self, groups: Mapping[str, Any], made: Mapping[str, Any]) -> None:
         """Each module that the config lists must be there; a name that the model never had cannot be told from it."""
@@ -311,23 +355,28 @@ KINDS = {
     r"lora_B\.bias": "B.bias",
     r"lora_embedding_([AB])": r"embedding_\2",
     r"lora_magnitude_vector(?:\.weight)?": "magnitude",
-    r"base_layer\.weight": "copy",
+    r"(?:token_adapter\.base_layer|base_layer|original_module)\.(weight|bias)": r"copy.\2",
     r"token_adapter\.trainable_tokens_delta": "tokens",
 }
 
 
-def _classify(key: str, label: str) -> tuple[str, str]:
+def _classify(name: str, key: str, label: str) -> tuple[str, str]:
     """The module that a tensor belongs to, and what it is of it."""
-    if not key.startswith(PREFIX):
-        raise UserError(f"{label}: key {key} is not a LoRA factor: PEFT's names begin with {PREFIX}")
-    name = key.removeprefix(PREFIX)
+    name = name.removeprefix(PREFIX)
     for pattern, kind in KINDS.items():
-        if match := re.fullmatch(rf"(.+)\.{pattern}", name):
+        if match := re.fullmatch(rf"(.+?)\.{pattern}", name):
             return match[1], match.expand(kind)
     if "lora_" in name:
         raise UserError(f"{label}: key {key} is not a LoRA factor that can be merged")
     module, _, parameter = name.rpartition(".")
     return module, f"whole.{parameter}"
+
+
+def _are_rounded(weight: Tensor, copy: Tensor) -> bool:
+    """Whether a copy is of these numbers, also where the base was loaded in fewer bits."""
+    return any(
+        torch.equal(weight.to(bits).to(copy.dtype), copy) for bits in (copy.dtype, torch.bfloat16, torch.float16)
+    )
 
 
 def _in_order(groups: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from mot_lora.merged import combine
 from mot_lora.pack import pack
 from mot_lora.records import SaveRecord
 from mot_lora.weights import read_weight
+from mot_lora.wrappers import WRAPPERS, unwrapped_config, without_wrappers
 
 
 def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
@@ -38,6 +39,7 @@ def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
         warnings.simplefilter("ignore")  # it guesses whether embeddings should be saved too
         state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach().clone() for key, tensor in state.items()}
+    config = unwrapped_config(config, tensors)
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"adapter `{name}`: {key} holds numbers that are not finite; train it again")
@@ -116,7 +118,10 @@ class LiveBase:
     def modules(self) -> Mapping[str, nn.Module]:
         """Modules by their names in the base, without the wrappers that PEFT put around and under them."""
         found: dict[str, nn.Module] = {}
-        for name, module in self.model.get_base_model().named_modules():
+        for wrapped, module in self.model.get_base_model().named_modules():
+            if any(child in WRAPPERS for child, _ in module.named_children()):
+                continue
+            name = without_wrappers(wrapped)
             found.setdefault(name.replace(".base_layer", "").replace(".original_module", ""), module)
         return found
 

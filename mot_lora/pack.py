@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mot_lora.adapters import WEIGHTS_FILE
 from mot_lora.errors import UserError, writing
-from mot_lora.kinds import CONFIG_FILE, PREFIX
+from mot_lora.kinds import CONFIG_FILE
 from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, Update, inner, truncate
 from mot_lora.merged import Merged, method_name, total
 from mot_lora.progress import Progress, silent
 from mot_lora.records import SaveRecord
 from mot_lora.tensorfile import write_tensors
+from mot_lora.wrappers import PREFIX
 
 
 @dataclass(frozen=True)
