@@ -1,15 +1,14 @@
 """Whether an answer is right, and how sure a mean of right answers is."""
 
-import logging
 import math
 import re
-import threading
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, cast
 
+from mot_lora.answers import FUNCTIONS, boxed, chosen, expression, labelled, says, worded
 from mot_lora.errors import UserError
-from mot_lora.thought import THINK_END
+from mot_lora.judge import equal
+from mot_lora.quantities import Quantity, Unit, moment, quantity, same_moment, same_quantity, unit
+from mot_lora.thought import THINK, THINK_END, to_think
 
 
 def final_answer(text: str) -> str | None:
@@ -20,32 +19,107 @@ def final_answer(text: str) -> str | None:
     >>> final_answer("<think>2 + 2 = 4</think> 4")
     '4'
     """
+    text = to_think(text)
     if THINK_END in text:
         return text.rsplit(THINK_END, 1)[1].strip()
-    return None if "<think>" in text else text.strip()
+    return None if THINK in text else text.strip()
 
 
-def is_right(text: str, gold: str) -> bool:
-    r"""Whether a generated text ends in an answer that equals `gold`, judged by math-verify.
+def is_right(text: str, gold: str | Sequence[str]) -> bool:
+    r"""Whether a generated text ends in an answer that equals `gold`, or one of several right ones.
 
-    Numbers, fractions, sets, intervals and LaTeX compare by value: 0.5 equals \frac{1}{2}.
+    Numbers compare exactly, with their units; choices by their letter, words as words, all else by math-verify: 0.5
+    equals \frac{1}{2}. What takes more than a few seconds to compare counts as wrong.
+
+    Errors: UserError when math-verify is needed and cannot be loaded.
 
     >>> is_right("<think>half of one</think> \\boxed{\\frac{1}{2}}", "0.5")
     True
     """
     answer = final_answer(text)
-    if not answer:
+    return bool(answer) and any(_gives(answer, right) for right in ([gold] if isinstance(gold, str) else gold))
+
+
+def _gives(answer: str, gold: str) -> bool:
+    if answer.strip().casefold() == gold.strip().casefold():
+        return True
+    right = expression(gold)
+    if label := labelled(right):
+        letter = chosen(answer)
+        if letter or not label[1]:
+            return letter == label[0]
+        right = label[1]
+    if worded(right):
+        return says(answer, right)
+    given = expression(answer)
+    if "." in right and boxed(answer) is None and re.fullmatch(r"[+-]?\d+,(?!\d{3}$)\d+", given):
+        given = given.replace(",", ".")  # a decimal comma
+    if label := labelled(given):
+        given = label[1] or given
+    return bool(given) and same(right, given)
+
+
+_EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)|\\approx(?![A-Za-z])")
+_IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
+
+
+def same(gold: str, answer: str) -> bool:
+    r"""Whether two expressions are the same: as texts, as quantities, dates or lists of them, or else by math-verify.
+
+    >>> same("1,234", "1234.0"), same("x = 5", "5"), same("2, 3", "3 and 2"), same("12 cm", "12 m")
+    (True, True, True, False)
+    """
+    if _tight(gold) == _tight(answer):
+        return True
+    times = [m for m in (moment(gold), moment(answer)) if m]
+    if len(times) == 2:
+        return same_moment(*times)
+    if any(m[0] != "ratio" for m in times) or worded(gold) or worded(answer):
         return False
-    if _plain(answer) == _plain(gold):
-        return True  # a word, say, which is no mathematics
-    import math_verify  # pyright: ignore[reportMissingTypeStubs]  # sympy behind it takes a second to load
+    bases = [m[2] for m in map(_IN_BASE.fullmatch, (gold, answer)) if m]
+    if bases:  # who leaves the base out leaves it to the question
+        return len(set(bases)) == 1 and gold.partition("_")[0] == answer.partition("_")[0]
+    names = {_EQUALS.split(x)[0].strip() for x in (gold, answer) if _EQUALS.search(x)}
+    if len(names) < 2 and (right := _numbers(gold)) and (given := _numbers(answer)):
+        return _same_numbers(right, given)
+    (gold, measure), (answer, other) = _measured(gold), _measured(answer)
+    if measure and other and measure != other:
+        return False
+    # of two numbers in a row LaTeX makes one
+    return not any(re.search(r"\d\s+\d", x) for x in (gold, answer)) and equal(gold, answer)
 
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it prints the whole of a text that takes too long
 
-    # its timeouts rest on SIGALRM, which only a main thread has
-    limit = 3 if threading.current_thread() is threading.main_thread() else None
-    parse = partial(cast("Any", math_verify.parse), parsing_timeout=limit)
-    return bool(math_verify.verify(parse(f"${gold}$") or parse(gold), parse(answer), timeout_seconds=limit))
+def _tight(text: str) -> str:
+    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)
+
+
+def _numbers(text: str) -> list[Quantity]:
+    """The quantities that a text is a list of, or what an equation of one comes to; none where it is anything else."""
+    if not re.search(r"[,;]|\band\b|\bor\b", text):
+        parts = [_EQUALS.split(text)[-1].strip()]
+    elif quantity(text):
+        parts = [text]
+    else:
+        loose = re.search(r";|\band\b|\bor\b|,\s", text)
+        parts = re.split(r"\s*;\s*|,?\s+(?:and|or)\s+|,\s+" if loose else ",", text.strip())
+    found = [q for q in map(quantity, parts) if q]
+    return found if len(found) == len(parts) else []
+
+
+def _same_numbers(gold: Sequence[Quantity], answer: Sequence[Quantity]) -> bool:
+    left = list(answer)
+    for g in gold:
+        found = next((a for a in left if same_quantity(g, a)), None)
+        if not found:
+            return False
+        left.remove(found)
+    return not left
+
+
+def _measured(text: str) -> tuple[str, Unit | None]:
+    """A formula without the unit or the noun behind it, and the unit where it is known."""
+    m = re.fullmatch(r"(.*[\d})\]]|.*\\pi)\s+((?:[a-z]+\s+)?[A-Za-z]{2,}(?:\s*\^\s*\{?\d\}?)?)", text, re.DOTALL)
+    return (m[1], unit(m[2])) if m and m[2] not in FUNCTIONS else (text, None)
 
 
 def elected(texts: Sequence[str]) -> str:
@@ -65,12 +139,6 @@ def elected(texts: Sequence[str]) -> str:
             else:
                 groups.append([text])
     return max(groups, key=len)[0] if groups else texts[0]
-
-
-def _plain(answer: str) -> str:
-    """An answer to compare as a word; of a choice, (B) or B., its letter."""
-    choice = re.fullmatch(r"\(?([A-Za-z])[).]?", answer.strip())
-    return (choice[1] if choice else answer.strip()).casefold()
 
 
 def wilson(mean: float, n: int, z: float = 1.959964) -> tuple[float, float]:

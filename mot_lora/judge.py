@@ -1,0 +1,174 @@
+"""Two expressions compared by math-verify, in a process of its own, which a limit of time and memory holds for.
+
+sympy works out what it is given: 9^{9^{9^9}} takes all memory, and nothing inside a process can stop it. The process is
+started at the first use, serves every thread, ends itself when a comparison takes too long, and ends with its parent.
+"""
+
+import atexit
+import faulthandler
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from mot_lora.errors import UserError
+
+SECONDS = 5.0
+MEMORY = 2 << 30
+
+_lock = threading.Lock()
+_process: subprocess.Popen[str] | None = None
+
+
+@lru_cache(maxsize=4096)
+def equal(gold: str, answer: str) -> bool:
+    r"""Whether two expressions in LaTeX are equal in value; False where that takes more than a few seconds.
+
+    Errors: UserError when math-verify cannot be loaded.
+
+    >>> equal(r"(x+1)^2", "x^2 + 2x + 1"), equal("10^{10^{10}}", "7")
+    (True, False)
+    """
+    global _process
+    with _lock:
+        try:
+            _process = _process or _start()
+            return _ask(_process, [gold, answer]) == "true"
+        except BaseException:  # Ctrl-C too: an answer that nobody waits for would be taken for the next one
+            _stop()
+            raise
+        finally:
+            if _process and _process.poll() is not None:
+                _stop()
+
+
+def _start() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-W", "ignore", "-m", "mot_lora.judge"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+        start_new_session=True,  # a Ctrl-C of the terminal is the parent's
+    )
+    said = process.stdout.readline().strip() if process.stdout else ""
+    if said != "ready":
+        process.kill()
+        process.wait()
+        raise UserError(f"answers cannot be judged: math-verify does not load ({said or 'its process ended'})")
+    return process
+
+
+def _ask(process: subprocess.Popen[str], pair: list[str]) -> str:
+    """What the process says; nothing when it has ended."""
+    with suppress(BrokenPipeError):
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps(pair) + "\n")
+        process.stdin.flush()
+        if said := process.stdout.readline().strip():
+            return said
+    process.wait()
+    return ""
+
+
+def _stop() -> None:
+    global _process
+    process, _process = _process, None
+    if process:
+        process.kill()
+        with suppress(BrokenPipeError):
+            process.communicate()
+
+
+def _forget() -> None:
+    """A forked process has no part in its parent's conversation."""
+    global _process, _lock
+    _process, _lock = None, threading.Lock()
+
+
+atexit.register(_stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def serve() -> None:
+    """Answer pairs of expressions, a line each, from standard input until it ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    _bound_memory()
+    try:
+        verify = _verifier()
+    except Exception as e:
+        print(" ".join(f"{type(e).__name__}: {e}".split())[:300], file=answers, flush=True)
+        return
+    print("ready", file=answers, flush=True)
+    with Path(os.devnull).open("w") as nowhere:
+        for line in sys.stdin:
+            # ends the process from a thread that needs no lock of the interpreter's
+            faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
+            try:
+                right = verify(*json.loads(line))
+            except (Exception, RecursionError, MemoryError):
+                right = False
+            faulthandler.cancel_dump_traceback_later()
+            print(json.dumps(right), file=answers, flush=True)
+
+
+def _bound_memory() -> None:
+    with suppress(ImportError, ValueError, OSError):  # where there are no such limits
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if most < 0 else min(MEMORY, most), most))
+
+
+def _verifier() -> Any:
+    import math_verify  # pyright: ignore[reportMissingTypeStubs]
+    from latex2sympy2_extended import NormalizationConfig  # pyright: ignore[reportMissingTypeStubs]
+    from math_verify import grader  # pyright: ignore[reportMissingTypeStubs]
+
+    logging.disable()
+    grader.sympy_numeric_eq = _same_number  # its own rounds to six places and takes 1/2^{99} for 1/2^{98}
+    norm = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")
+    latex = [math_verify.LatexExtractionConfig(boxed_match_priority=-1, normalization_config=norm)]
+    math = cast("Any", math_verify)
+
+    def parsed(expression: str) -> Any:
+        return math.parse(f"${expression}$", latex, parsing_timeout=None)
+
+    def verify(gold: str, answer: str) -> bool:
+        return bool(math.verify(parsed(gold), parsed(answer), timeout_seconds=None, allow_set_relation_comp=True))
+
+    return verify
+
+
+def _same_number(a: Any, b: Any, *_: Any) -> bool:
+    """Whether two of sympy's numbers or matrices are equal: exactly, or to six digits where one is a decimal."""
+    sympy = cast("Any", import_module("sympy"))
+    if getattr(a, "shape", None) or getattr(b, "shape", None):
+        same_shape = getattr(a, "shape", None) == getattr(b, "shape", None)
+        return same_shape and all(_same_number(x, y) or sympy.simplify(x - y) == 0 for x, y in zip(a, b, strict=True))
+    endless = sympy.nan, sympy.zoo, sympy.oo, -sympy.oo
+    a, b = a.doit(), b.doit()
+    if not (a.is_number and b.is_number):
+        return False
+    if (a.is_Rational and b.is_Rational) or a.has(*endless) or b.has(*endless):
+        return bool(a == b)
+    decimal = a.has(sympy.Float) or b.has(sympy.Float)
+    a, b = a.evalf(60), b.evalf(60)
+    far = abs(a - b)
+    return bool(far <= max(abs(a), abs(b)) * sympy.Rational(1, 10 ** (6 if decimal else 50))) and (
+        not decimal or bool(far < sympy.Rational(1, 10**6))
+    )
+
+
+if __name__ == "__main__":
+    serve()

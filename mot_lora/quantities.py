@@ -1,0 +1,238 @@
+"""Numbers with their units, times of day and dates, as people write them, and when two of them are the same."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+# --- units of measure -------------------------------------------------------------------------------
+
+_TABLE = {
+    "length": "1/1000 mm millimeter millimetre, 1/100 cm centimeter centimetre, 1/10 dm decimeter decimetre, "
+    "1 m meter metre, 1000 km kilometer kilometre, 0.0254 in inch inche, 0.3048 ft foot feet, 0.9144 yd yard, "
+    "1609.344 mi mile",
+    "length^3": "1/1000000 ml milliliter millilitre, 1/1000 l L liter litre",
+    "mass": "1/1000 mg milligram, 1 g gram gm, 1000 kg kilogram kilo, 1000000 t ton tonne, 453.59237 lb pound, "
+    "28.349523125 oz ounce",
+    "time": "1/1000 ms millisecond, 1 s sec second, 60 min minute, 3600 h hr hour, 86400 day, 604800 week",
+    "month": "1 month, 12 yr year",
+    "dollar": "1 $ \u00a4 usd dollar, 1/100 \u00a2 cent",
+    "euro": "1 \u20ac eur euro",
+    "yen": "1 \u00a5 jpy yen",
+    "rupee": "1 \u20b9 inr rs rupee",
+    "angle": r"1 ^\circ degree deg",
+    "radian": "1 rad radian",
+    "celsius": "1 ^\\circc \u2103 celsius",
+    "fahrenheit": "1 ^\\circf \u2109 fahrenheit",
+}
+_SHORT = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
+_EXPONENTS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3, "2": 2, "3": 3}
+_UNIT = re.compile(
+    r"(?:(square|sq|cubic|cu)\b\.?\s*)?(\^\\circ\s*[CF]?|[^\s\d{}^/.]+)\.?\s*(?:\^?\s*\{?([23])\}?|(squared|cubed))?"
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is measured, and how much of it one is."""
+
+    dimension: str
+    size: Fraction
+
+
+def _read_table() -> dict[str, Unit]:
+    rows = [(dimension, row.split()) for dimension, rows in _TABLE.items() for row in rows.split(",")]
+    return {name: Unit(dimension, _ratio(size)) for dimension, (size, *names) in rows for name in names}
+
+
+def _ratio(text: str) -> Fraction:
+    top, _, bottom = text.partition("/")
+    return Fraction(top) / Fraction(bottom or "1")
+
+
+_UNITS = _read_table()
+
+
+def unit(text: str) -> Unit | None:
+    """The unit that a text names, alone or by another one (km/h, dollars per hour); None for any other text.
+
+    >>> unit("square feet") == unit("ft^{2}"), unit("km/h").dimension, unit("apples")
+    (True, 'length/time', None)
+    """
+    text = text.strip()
+    above, *below = (_named_unit(t) for t in re.split(r"\s*(?:/|\bper\b)\s*", _SHORT.get(text, text)))
+    for u in below[:1]:
+        above = above and u and Unit(f"{above.dimension}/{u.dimension}", above.size / u.size)
+    return above if len(below) < 2 else None
+
+
+def _named_unit(text: str) -> Unit | None:
+    m = _UNIT.fullmatch(text)
+    if not m:
+        return None
+    name = m[2].replace(" ", "")
+    lower = name.lower() if len(name) > 1 else name
+    found = _UNITS.get(name) or _UNITS.get(lower) or _UNITS.get(lower.removesuffix("s"))
+    exponent = next((_EXPONENTS[g] for g in (m[1], m[3], m[4]) if g), 1)
+    return found and Unit(found.dimension + (f"^{exponent}" if exponent > 1 else ""), found.size**exponent)
+
+
+# --- numbers ----------------------------------------------------------------------------------------
+
+_GROUPED = r"\d{1,3}(?:(?:,\d{3})+|(?:[ ]\d{3})+|(?:'\d{3})+|(?:\.\d{3}){2,})(?![\d,])|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)"
+_DECIMAL = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)"
+_BRACED = rf"(?:\{{\s*-?\s*{_DECIMAL}\s*\}}|\d)"
+NUMBER = rf"""(?:(?:\d+(?:[ ]+|(?=\\)))?(?:{_DECIMAL}[ ]?/[ ]?\d+(?:\.\d+)?|\\frac\s*{_BRACED}\s*{_BRACED})
+    |(?:{_DECIMAL}[ ]*(?:\\times|\\cdot|[x*])[ ]*)?10[ ]*\^[ ]*(?:\{{\s*[+-]?\d{{1,4}}\s*\}}|[+-]?\d{{1,4}})
+    |{_DECIMAL}[eE][+-]?\d{{1,4}}(?![\w.])
+    |{_DECIMAL})"""
+"""A number without its sign, for re.VERBOSE: a mixed number, a fraction, a power of ten or a decimal."""
+
+_QUANTITY = re.compile(
+    r"(?P<less>-?)\s*(?P<currency>[$\u00a4\u20ac\u00a3\u00a5\u20b9]|Rs\.?|USD|EUR)?\s*"
+    rf"(?P<number>[+-]?[ ]?{NUMBER})"
+    r"(?:\s*(?P<percent>%|per\s?cent|pct|percentage(?:\ points?)?))?(?P<rest>.*)",
+    re.VERBOSE | re.DOTALL,
+)
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SPELLED = {
+    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
+    "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
+}  # fmt: skip
+# what is counted: words, that is, which are no part of a formula
+_NOUNS = re.compile(
+    r"\(?(?!(?:and|or|to|plus|minus|over|squared|cubed|factorial|choose|mod|sin|cos|tan|log|ln|exp|sqrt|pi|than|if|for)\b)"
+    r"[^\W\d_]{2,}(?:[- '.,]+(?:a|[^\W\d_]{2,}))*\.?\)?"
+)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number, exactly, and how it is written: its decimal places, a percent sign, its unit where that is known."""
+
+    value: Fraction
+    places: int = 0
+    percent: bool = False
+    unit: Unit | None = None
+
+
+@lru_cache(maxsize=4096)
+def quantity(text: str) -> Quantity | None:
+    r"""What a text says that is nothing but a number and what it counts or measures.
+
+    >>> quantity("1,234.5").value, quantity(r"2\frac{1}{2} cm").value, quantity("50%").percent, quantity("3x")
+    (Fraction(2469, 2), Fraction(5, 2), True, None)
+    """
+    if (spelled := _SPELLED.get(text.lower())) is not None:
+        return Quantity(Fraction(spelled))
+    m = _QUANTITY.fullmatch(text.strip())
+    value = _value(m["number"]) if m else None
+    if not m or value is None or (m["less"] and m["number"][0] in "+-"):
+        return None
+    rest, measure = m["rest"], unit(m["currency"]) if m["currency"] else None
+    scale = re.match(r"\s*([a-z]+)\b", rest)
+    if scale and (factor := _SCALES.get(scale[1].removesuffix("s"))):
+        value, rest = value * factor, rest[scale.end() :]
+    if rest.strip():
+        named = unit(rest)
+        # 5t may be tons, and it may be five times t
+        if re.match(r"[A-Za-z]\b", rest) or not (named or _NOUNS.fullmatch(rest.strip())):
+            return None
+        measure = measure or named
+    places = len(m["number"].partition(".")[2]) if re.fullmatch(r"[+-]?[ ]?[\d,' ]*\.\d+", m["number"]) else 0
+    return Quantity(-value if m["less"] else value, places, bool(m["percent"]), measure)
+
+
+def _value(number: str) -> Fraction | None:
+    sign, number = (-1 if number[0] == "-" else 1), re.sub(r"^[+-]? *", "", number)
+    number = re.sub(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|\{[^{}]*\})", r" \1/\2", number).lstrip()
+    try:
+        if m := re.fullmatch(r"(?:(.*?)\s*(?:\\times|\\cdot|[x*]))?\s*10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?", number):
+            return sign * _decimal(m[1] or "1") * Fraction(10) ** int(m[2])
+        if m := re.fullmatch(r"(?:(\d+) +)?([^/]+)/([^/]+)", number):
+            part = _decimal(m[2].strip("{}")) / _decimal(m[3].strip("{}"))
+            return None if m[1] and not 0 < part < 1 else sign * (int(m[1] or 0) + part)
+        return sign * _decimal(number)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _decimal(text: str) -> Fraction:
+    text = re.sub(r"[,' ]", "", text)
+    return Fraction(text.replace(".", "") if text.count(".") > 1 else text)
+
+
+def same_quantity(gold: Quantity, answer: Quantity) -> bool:
+    """Whether two quantities are the same, exactly, or as a decimal of six places and digits or more is rounded.
+
+    50 % is 50 and 0.5. A unit may be left out; two that are known must agree, as 90 minutes and 1.5 hours do. What is
+    counted, apples or pears, is not compared.
+
+    >>> same_quantity(quantity("1 m"), quantity("100 cm")), same_quantity(quantity("1e-9"), quantity("2e-9"))
+    (True, False)
+    """
+    if gold.percent != answer.percent and not (gold.unit or answer.unit):
+        share, other = (gold, answer) if gold.percent else (answer, gold)
+        return other.value in (share.value, share.value / 100)
+    if gold.unit and answer.unit:
+        same_kind = gold.unit.dimension == answer.unit.dimension
+        return same_kind and gold.value * gold.unit.size == answer.value * answer.unit.size
+    return gold.value == answer.value or _rounded(gold, answer) or _rounded(answer, gold)
+
+
+def _rounded(short: Quantity, long: Quantity) -> bool:
+    """Whether a decimal is a number with more places, rounded to its own."""
+    enough = short.places >= 6 and abs(short.value) * 10**short.places >= 10**5
+    return enough and not 0 < long.places <= short.places and round(long.value, short.places) == short.value
+
+
+# --- times of day, ratios and dates -----------------------------------------------------------------
+
+_MONTHS: list[str] = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+_MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?"
+_DATES = [
+    (re.compile(pattern, re.IGNORECASE), kind, order)
+    for pattern, kind, order in (
+        (r"(\d{4})-(\d{1,2})-(\d{1,2})", "date", (1, 2, 3)),
+        (rf"{_MONTH}\s+(\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(\d{{4}}))?", "date", (3, 1, 2)),
+        (rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTH},?(?:\s+(\d{{4}}))?", "date", (3, 2, 1)),
+        (r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})", "slashed", (3, 1, 2)),  # a day or a month before the other
+    )
+]
+_CLOCK = re.compile(
+    r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+|\d{1,2}(?=\s*[ap]))\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE
+)
+Moment = tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def moment(text: str) -> Moment | None:
+    """A date, a time of day or a ratio in one spelling, after its kind; None when a text is none of them.
+
+    >>> moment("July 4, 1776") == moment("1776-07-04"), moment("09:05"), moment("3 pm")
+    (True, ('ratio', '9', '5'), ('clock', '15', '0'))
+    """
+    for pattern, kind, order in _DATES:
+        if m := pattern.fullmatch(text):
+            parts = [(m[i] or "0").lower()[:4] for i in order]
+            return kind, *(str(_MONTHS.index(p[:3]) + 1 if p[:3] in _MONTHS else int(p)) for p in parts)
+    m = _CLOCK.fullmatch(text)
+    if not m:
+        return None
+    first, *others = (str(Fraction(p.strip())) for p in m[1].split(":"))
+    if not m[2]:
+        return "ratio", first, *others
+    return "clock", str(int(first) % 12 + (12 if m[2] in "pP" else 0)), *(others or ["0"])
+
+
+def same_moment(gold: Moment, answer: Moment) -> bool:
+    """Whether two moments are the same; a time without am and pm may be either.
+
+    >>> same_moment(moment("3:00"), moment("3 pm")), same_moment(moment("3 am"), moment("15:00"))
+    (True, False)
+    """
+    if {gold[0], answer[0]} == {"clock", "ratio"}:
+        clock, bare = (gold, answer) if gold[0] == "clock" else (answer, gold)
+        return clock[2:] == bare[2:] and bare[1] in (clock[1], str((int(clock[1]) - 1) % 12 + 1))
+    return gold == answer
