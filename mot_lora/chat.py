@@ -1,22 +1,39 @@
 """A trace as the student reads it: its chat template, tokens and loss mask."""
 
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from mot_lora.columns import Message
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
-from mot_lora.records import Segment
+from mot_lora.records import Segment, TurnRecord
 from mot_lora.thought import opens_chain
-from mot_lora.traces import Example, Message, Trace
+from mot_lora.traces import Example, Trace
+from mot_lora.turn import (
+    CLOSED,
+    DATE,
+    EMPTY_CHAIN,
+    Turn,
+    dated,
+    holds_turn,
+    is_rendered,
+    pinned,
+    rendered_by,
+    unrendered,
+    without_end,
+)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, padding on the left for generation.
+    """The student's tokenizer, padding on the left for generation; it knows the ends and embeddings of its model.
 
     Errors: UserError when there is none, or it has no chat template or no end token.
     """
@@ -26,44 +43,243 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
         raise UserError(f"{path}: its tokenizer cannot be loaded: {[*str(e).splitlines(), repr(e)][0]}") from e
     if not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer has no chat template; use the chat or instruct form of the model")
+    known = cast("Any", tokenizer)
+    known.listed_ends, known.embedded = _listed_ends(path), _embedded(path, trust_remote_code)
+    if tokenizer.eos_token_id is None and known.listed_ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(known.listed_ends[0])
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end-of-text token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pad = cast("int | None", tokenizer.pad_token_id)
+    if pad is None or pad >= (known.embedded or pad + 1):
+        tokenizer.pad_token = tokenizer.eos_token  # what is padded is never looked at, but it is embedded
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _listed_ends(path: Path) -> tuple[int, ...]:
+    """The tokens at which a checkpoint says that generation stops."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            said: Any = json.loads((path / name).read_text(encoding="utf-8"))["eos_token_id"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # loading the model tells what is wrong with them
+        return tuple(i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int))
+    return ()
+
+
+def _embedded(path: Path, trust_remote_code: bool) -> int | None:
+    """How many tokens the model beside a tokenizer embeds; None where that cannot be told."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return cast("int | None", getattr(config.get_text_config(), "vocab_size", None))
+    except Exception:  # there is no model, or loading it tells what is wrong with it
+        return None
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Errors: UserError for a token that the model beside the tokenizer does not embed."""
+    embedded: int | None = getattr(tokenizer, "embedded", None)
+    if embedded is not None and (token := max(ids, default=0)) >= embedded:
+        raise UserError(
+            f"token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond the student's {embedded} "
+            "embeddings; leave it out, or resize the model (resize_token_embeddings), or bring its own tokenizer"
+        )
+
+
+# --- the template ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Template:
+    """The student's chat template: its text, how it is called, and how it writes a turn.
+
+    parts: whether a message's content is a list of parts; thinking: whether chains of thought must be asked for.
+    """
+
+    text: str
+    parts: bool
+    thinking: bool
+    ends: tuple[str, ...]
+    turn: Turn
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Template":
+        """Errors: UserError for a template that takes no question, or several of which none is the default."""
+        try:
+            text = tokenizer.get_chat_template()
+        except ValueError as e:
+            names = ", ".join(cast("dict[str, str]", tokenizer.chat_template))
+            raise UserError(
+                f"the student's tokenizer has several chat templates ({names}), and none of them is called `default`"
+            ) from e
+        return _template(cast("Any", tokenizer), text, tuple(end_ids(tokenizer)))
+
+
+@lru_cache(maxsize=4)
+def _template(tokenizer: PreTrainedTokenizerBase, text: str, ends: tuple[int, ...]) -> Template:
+    text = pinned(text)
+    asked: list[Message] = [{"role": "user", "content": "words"}]
+    # templates for images and text know a message's words only as a part of it
+    parts = "words" not in _render(tokenizer, text, asked) and "words" in _render(tokenizer, text, asked, parts=True)
+    thinking = CLOSED.search(_render(tokenizer, text, asked, parts=parts)) is not None
+
+    def render(messages: Sequence[Message], answer: bool) -> str:
+        return _render(tokenizer, text, messages, answer, parts=parts, thinking=thinking)
+
+    stops = cast("list[str]", tokenizer.convert_ids_to_tokens(list(ends)))
+    turn = Turn.of(render, stops, list(cast("dict[str, int]", cast("Any", tokenizer).get_added_vocab())))
+    return Template(text, parts, thinking, tuple(stops), turn)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[Message],
+    answer: bool = True,
+    *,
+    parts: bool = False,
+    thinking: bool = False,
+) -> str:
+    from jinja2 import TemplateError
+
+    said = [{**m, "content": [{"type": "text", "text": m["content"]}]} if parts else m for m in messages]
+    options: dict[str, Any] = {"enable_thinking": True, "thinking": True} if thinking else {}
+    try:
+        text = tokenizer.apply_chat_template(
+            cast("Any", said), chat_template=template, tokenize=False, add_generation_prompt=answer, **options
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        roles = ", ".join(m["role"] for m in messages)
+        raise UserError(f"the student's chat template does not take a conversation of {roles} ({e})") from e
+    assert isinstance(text, str)
+    return EMPTY_CHAIN.sub("", text) if thinking and answer else text
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which the tokenizer and the checkpoint say that generation stops, the tokenizer's own first."""
+    return list(dict.fromkeys([cast("int", tokenizer.eos_token_id), *getattr(tokenizer, "listed_ends", ())]))
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: `end_ids`, and the one with which the template ends a turn."""
+    stop = cast("int", tokenizer.convert_tokens_to_ids(Template.of(tokenizer).turn.stop))
+    return list(dict.fromkeys([*end_ids(tokenizer), stop]))
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str:
     """The conversation as the student reads it, up to where its answer begins.
 
-    Errors: UserError for a conversation that the template does not take.
-    """
-    from jinja2 import TemplateError
+    One that the student's own template has rendered already is taken as it is.
 
-    try:
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-        roles = ", ".join(m["role"] for m in prompt)
-        raise UserError(f"the student's chat template does not take a conversation of {roles} ({e})") from e
-    assert isinstance(text, str)
-    return text
+    Errors: UserError for a conversation that the template does not take, and for one that another has rendered.
+    """
+    template = Template.of(tokenizer)
+    messages = unmarked_prompt(tokenizer, prompt)
+    words = messages[-1]["content"]
+    if is_rendered(words, template.turn) and len(messages) == 1:
+        begin = str(tokenizer.bos_token or "")
+        missing = template.turn.user[0].startswith(begin) and not words.startswith(begin)
+        return begin + words if missing else words
+    if begin := rendered_by(words):
+        raise UserError(
+            f"its prompt is rendered by a chat template already, which is not the student's or has other messages "
+            f"before it (it begins with {begin}); give what the user says alone"
+        )
+    text = _render(tokenizer, template.text, messages, parts=template.parts, thinking=template.thinking)
+    return text + template.turn.header
+
+
+def unmarked_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> tuple[Message, ...]:
+    """Messages without the marks that a chat template adds, where their texts hold those already."""
+    *before, last = (
+        {**m, "content": _without_end(tokenizer, m["content"])} if m["role"] == "assistant" else m for m in prompt
+    )
+    found = unrendered(last["content"], Template.of(tokenizer).turn)
+    if found and (len(found) == 1 or not before):
+        return (*before, *found)
+    return (*before, last)
+
+
+def unmarked(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Trace:
+    """A trace without the marks that a chat template adds: of a rendered prompt, and of the end of its answer.
+
+    Errors: UserError for an answer that goes on into another turn.
+    """
+    template = Template.of(tokenizer)
+    completion = _without_end(tokenizer, trace.completion)
+    if holds_turn(completion, template.turn, template.ends):
+        raise AnotherTurnError("the answer goes on into another turn of the conversation; end it where its own ends")
+    return replace(trace, prompt=unmarked_prompt(tokenizer, trace.prompt), completion=completion)
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    template = Template.of(tokenizer)
+    return without_end(text, template.turn, (*template.ends, cast("str", tokenizer.pad_token or "")))
+
+
+class AnotherTurnError(UserError):
+    """An answer that goes on into a user's turn."""
+
+
+def turn_record(tokenizer: PreTrainedTokenizerBase) -> TurnRecord:
+    """What the student's template writes around its words, for people to see."""
+    template = Template.of(tokenizer)
+    listed = tuple(end for end in template.ends if end != template.turn.stop)
+    return TurnRecord(
+        head=template.turn.head + template.turn.lead,
+        end=template.turn.end,
+        stops=(template.turn.stop, *listed),
+        listed=template.turn.stop in template.ends,
+        date=f"{DATE:%d %B %Y}" if dated(tokenizer.get_chat_template()) else None,
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Example:
-    """Tokenize a trace for training; the loss is on the completion and the end token, <think> included.
+    """Tokenize a trace for training; the loss is on the completion and the end of the turn, <think> included.
 
-    Templates drop earlier chains of thought and mark no assistant spans, so only the prompt goes through the template.
+    Templates drop earlier chains of thought and mark no assistant spans, so only the prompt goes through the template;
+    what heads and ends the answer is as the template writes it (`Turn`).
     """
+    trace, turn = unmarked(tokenizer, trace), Template.of(tokenizer).turn
     text, completion = prompt_text(tokenizer, trace.prompt), trace.completion
     if opens_chain(text):
         # the chain is open: what has none must first close it
         whole = completion if "</think>" in completion else f"<think>\n\n</think>\n\n{completion}"
         completion = whole.removeprefix("<think>").removeprefix("\n")
+    prompt = token_ids(tokenizer, text)
+    answer = _following(tokenizer, text, prompt, turn.lead + completion + turn.tail)
+    stop = cast("int", tokenizer.convert_tokens_to_ids(turn.stop))
+    return Example.after((*prompt, *answer, stop), len(prompt))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a rendered text, which has its special ones in it."""
     # verbose would warn of more tokens than the tokenizer's file says, which branch.max_length is for
-    prompt = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    answer = tokenizer.encode(completion, add_special_tokens=False, verbose=False)
-    return Example.after((*prompt, *answer, cast("int", tokenizer.eos_token_id)), len(prompt))
+    return cast("list[int]", tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _following(tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int], answer: str) -> list[int]:
+    """The tokens of an answer after a prompt's, which are as they are when an answer is asked for.
+
+    Alone, vocabularies of sentencepiece would begin it with a space. Where a token lies across the seam, the prompt
+    keeps its own tokens, and the answer's are those that it has at the beginning of a line.
+    """
+    whole = token_ids(tokenizer, text + answer)
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    line, new = token_ids(tokenizer, "\n"), token_ids(tokenizer, f"\n{answer}")
+    return new[len(line) :] if new[: len(line)] == line else token_ids(tokenizer, answer)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What a student has written, without what heads and ends its turn and pads it.
+
+    Special tokens stay: <think> may be one, and is needed to find the answer.
+    """
+    template, drop = Template.of(tokenizer), {*stop_ids(tokenizer), cast("int", tokenizer.pad_token_id)}
+    text = cast("str", tokenizer.decode([i for i in ids if i not in drop], skip_special_tokens=False))
+    words = text.removeprefix(template.turn.lead) if template.turn.lead.strip() else text
+    return _without_end(tokenizer, words)
 
 
 def segments(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Segment, ...]:

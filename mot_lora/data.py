@@ -4,13 +4,23 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from mot_lora.chat import encode, segments
+from mot_lora.chat import (
+    AnotherTurnError,
+    check_tokens,
+    encode,
+    prompt_text,
+    segments,
+    token_ids,
+    turn_record,
+    unmarked,
+    unmarked_prompt,
+)
 from mot_lora.config import Config, DataConfig, TeacherConfig
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
@@ -29,6 +39,7 @@ SEEN = "in the evaluation"
 ENDLESS = "reasoning never ends"
 WRONG = "wrong answer"
 LONG = "too long"
+RUNS_ON = "goes on into another turn"
 NOT_DRAWN = "not drawn"
 
 
@@ -62,7 +73,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
     900
     """
     fingerprints: dict[str, str] = {}
-    asked, e = _read_questions(config, fingerprints), config.eval
+    asked, e = _read_questions(config, tokenizer, fingerprints), config.eval
     overlap = Overlap((q.question for questions in asked[:2] for q in questions), e.overlap)
 
     def draw_from(teacher: TeacherConfig) -> Drawn:
@@ -85,6 +96,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
                 held_out=len(held),
                 left_out=dict(left_out),
                 without_reasoning=sum(not c.reasons for c in kept),
+                marked=sum(c.marked for c in kept),
                 median_tokens=round(median(lengths)),
                 longest_tokens=len(longest.example),
                 longest_row=longest.where,
@@ -97,7 +109,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
         train={t.name: [c.example for c in drawn[t.name].kept] for t in config.teachers},
         held_out={name: [c.example for c in d.held] for name, d in measured.items()},
         questions=questions,
-        record=DataRecord(teachers=tuple(records), questions=len(questions)),
+        record=DataRecord(teachers=tuple(records), questions=len(questions), turn=turn_record(tokenizer)),
         fingerprints=fingerprints,
         validation=validation,
         forgetting=dict(zip(e.forgetting, forgetting, strict=True)),
@@ -131,13 +143,18 @@ def _draw(
     return Drawn(rows, left_out, *hold_out(chosen, config.eval.holdout, config.seed))
 
 
-def _read_questions(config: Config, fingerprints: dict[str, str]) -> list[list[Question]]:
+def _read_questions(
+    config: Config, tokenizer: PreTrainedTokenizerBase, fingerprints: dict[str, str]
+) -> list[list[Question]]:
     """The questions of the evaluation, those for finding weights, and each set to watch for what is forgotten."""
     e = config.eval
     plain = DataConfig()
     sets = [(e, e.data), (plain, e.validation), *((plain, source) for source in e.forgetting.values())]
     asked = [
-        [read_question(row, where, how.columns) for where, row in _read(how, source, fingerprints)] if source else []
+        [
+            _asked(tokenizer, read_question(row, where, how.columns), where)
+            for where, row in (_read(how, source, fingerprints) if source else [])
+        ]
         for how, source in sets
     ]
     both = {normalized(q.question) for q in asked[0]} & {normalized(q.question) for q in asked[1]}
@@ -149,14 +166,28 @@ def _read_questions(config: Config, fingerprints: dict[str, str]) -> list[list[Q
     return asked
 
 
+def _asked(tokenizer: PreTrainedTokenizerBase, question: Question, where: str) -> Question:
+    """A question as it can be asked: in the words of the user alone, where it holds the template's marks already."""
+    try:
+        prompt = unmarked_prompt(tokenizer, [{"role": "user", "content": question.question}])
+        check_tokens(tokenizer, token_ids(tokenizer, prompt_text(tokenizer, prompt)))
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    return replace(question, question=prompt[0]["content"]) if len(prompt) == 1 else question
+
+
 @dataclass(frozen=True)
 class Chosen:
-    """A trace that is used: where it stood, its tokens, its question, and whether it reasons."""
+    """A trace that is used: where it stood, its tokens, its question, and whether it reasons.
+
+    marked: whether it held marks of a chat template, which were taken off.
+    """
 
     where: str
     example: Example
     question: str
     reasons: bool
+    marked: bool = False
 
 
 class Choice:
@@ -194,9 +225,13 @@ class Choice:
 
     def consider(self, where: str, trace: Trace | Example) -> Chosen | str:
         """A trace ready for use, or the reason why it is left out. What costs most is asked last."""
-        example = trace if isinstance(trace, Example) else None
-        if isinstance(trace, Example):
-            trace = self.decoded(trace, where)
+        example, found = (trace, self.decoded(trace, where)) if isinstance(trace, Example) else (None, trace)
+        try:
+            trace = found if example else unmarked(self.tokenizer, found)
+        except AnotherTurnError:
+            return RUNS_ON
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
         key = (normalized("\n".join(m["content"] for m in trace.prompt)), trace.completion.strip())
         if key in self.seen:
             return TWICE
@@ -208,6 +243,7 @@ class Choice:
             return ENDLESS
         try:
             example = example or encode(self.tokenizer, trace)
+            check_tokens(self.tokenizer, example.input_ids)
         except UserError as e:
             raise UserError(f"{where}: {e}") from e
         if len(example) > self.max_length:
@@ -220,7 +256,7 @@ class Choice:
                 )
             if not is_right(trace.completion, trace.gold):
                 return WRONG
-        return Chosen(where, example, trace.question, bool(chain))
+        return Chosen(where, example, trace.question, bool(chain), trace != found)
 
     def decoded(self, example: Example, where: str) -> Trace:
         """A row of tokens as text: its question is what stands before the first trained token."""

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mot_lora import decode
-from mot_lora.chat import collate, prompt_text
+from mot_lora.chat import answer_text, collate, prompt_text, stop_ids, token_ids
 from mot_lora.config import BranchConfig, EvalConfig
 from mot_lora.decode import Decoding, decodes
 from mot_lora.errors import enough_memory, is_out_of_memory
@@ -174,12 +174,13 @@ def generate(
     """
     base, pad = cast("Any", model.get_base_model()), cast("int", tokenizer.pad_token_id)
     at_once = at_once or AtOnce(settings.batch_size * settings.samples)
-    how = Decoding(settings.max_new_tokens, frozenset(_stops(model, tokenizer)), settings.temperature, settings.top_p)
+    stops = {*stop_ids(tokenizer), *_listed(base)}
+    how = Decoding(settings.max_new_tokens, frozenset(stops), settings.temperature, settings.top_p)
     write, note = partial(decode.decode, tokens=tokens), ""
     if not decodes(base):
         write, note = partial(decode.generate, pad=pad), f"{type(base).__name__}: by transformers' generate"
     texts = [prompt_text(tokenizer, [{"role": "user", "content": q.question}]) for q in questions]
-    prompts = [cast("list[int]", tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    prompts = [token_ids(tokenizer, text) for text in texts]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
     asked = [(k, sample) for k in order for sample in range(settings.samples)]
     found: dict[tuple[int, int], str] = {}
@@ -198,18 +199,11 @@ def generate(
         with at_once.attempt(rows), torch.no_grad(), computing(base):
             for i, ids in write(base, [prompts[k] for k, _ in left], seeds, how, rows, told):
                 begun = "<think>\n" if opens_chain(texts[left[i][0]]) else ""  # a chain that never ends is no answer
-                found[left[i]] = begun + _decode(tokenizer, ids)
+                found[left[i]] = begun + answer_text(tokenizer, [t for t in ids if t not in stops])
                 told(0)
     return [[found[k, sample] for sample in range(settings.samples)] for k in range(len(questions))]
 
 
-def _stops(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    said = getattr(model.get_base_model().generation_config, "eos_token_id", None)
-    stops = said if isinstance(said, list) else [said]
-    return sorted({cast("int", tokenizer.eos_token_id), *(s for s in stops if s is not None)})
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    # <think> may be a special token, and is needed to find the answer: drop only what ends or pads a text
-    drop = {cast("int", tokenizer.eos_token_id), cast("int", tokenizer.pad_token_id)}
-    return cast("str", tokenizer.decode([i for i in ids if i not in drop], skip_special_tokens=False))
+def _listed(model: Any) -> list[int]:
+    said = getattr(model.generation_config, "eos_token_id", None)
+    return [s for s in (said if isinstance(said, list) else [said]) if s is not None]

@@ -119,11 +119,41 @@ class Segment(Record):
     trained: bool
 
 
+class TurnRecord(Record):
+    """What the student's chat template writes around its words: `head` before them, `end` after, and where they stop.
+
+    listed: whether the tokenizer or the checkpoint names the turn's end as an end of generation; date: the day that the
+    template is told, where it writes one.
+    """
+
+    head: str
+    end: str
+    stops: tuple[str, ...]
+    listed: bool = True
+    date: str | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """What there is to say of it, a line each."""
+        said = [f"the student's words stand between {self.head!r} and {self.end!r}, as its chat template has them"]
+        if not self.listed:
+            said.append(
+                f"neither its tokenizer nor its checkpoint says that {self.stops[0]} ends an answer: it does here, and "
+                "must be named as a stop wherever the student is served"
+            )
+        if self.date:
+            said.append(
+                f"its chat template writes the date: it is told {self.date} on every day, so that a run goes on alike"
+            )
+        return said
+
+
 class TeacherDataRecord(Record):
     """What became of one teacher's rows.
 
     `used` are trained on, `held_out` only measured, `left_out` has the count for each reason; `without_reasoning` of
-    the used traces go straight to the answer. Tokens are of the used traces. `sample` is one of them, decoded.
+    the used traces go straight to the answer, `marked` of them held marks of a chat template, which were taken off.
+    Tokens are of the used traces. `sample` is one of them, decoded.
     """
 
     teacher: str
@@ -133,6 +163,7 @@ class TeacherDataRecord(Record):
     held_out: int
     left_out: dict[str, int] = {}
     without_reasoning: int = 0
+    marked: int = 0
     median_tokens: int = 0
     longest_tokens: int = 0
     longest_row: str = ""
@@ -141,10 +172,20 @@ class TeacherDataRecord(Record):
 
 
 class DataRecord(Record):
-    """What a run reads: each teacher's traces, and how many questions the student is asked."""
+    """What a run reads: each teacher's traces, how many questions the student is asked, and how its turn is written."""
 
     teachers: tuple[TeacherDataRecord, ...]
     questions: int = 0
+    turn: TurnRecord | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What there is to say of the template, and of traces that held its marks."""
+        marked = [(t.marked, t.teacher) for t in self.teachers if t.marked]
+        return [
+            *(self.turn.lines if self.turn else []),
+            *(f"{n:,} traces of {who} held marks of a chat template: they were taken off" for n, who in marked),
+        ]
 
 
 class FoldRecord(Record):

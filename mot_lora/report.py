@@ -291,6 +291,7 @@ def _data(data: DataRecord | None) -> str:
         table(columns, rows, "Data of each teacher")
         + note("Tokens are of the traces used: all of them, then the median and the longest trace.")
         + (f"<p>Left out, and why:</p><ul>{reasons}</ul>" if reasons else "")
+        + "".join(f"<p>{escape(line)}.</p>" for line in data.remarks)
         + "".join(map(_sample, data.teachers))
     )
 

@@ -166,7 +166,7 @@ def data_tables(record: DataRecord) -> list[RenderableType]:
         before = (f"{n:,}" for n in (t.rows, t.used, t.held_out))
         after = (f"{n:,}" for n in (t.without_reasoning, t.median_tokens, t.longest_tokens, t.tokens))
         out.add_row(Text(t.teacher), *before, Text(left_out or "-"), *after)
-    shown: list[RenderableType] = [out]
+    shown: list[RenderableType] = [out, *map(Text, record.remarks)]
     for t in record.teachers:
         if t.sample:
             title = Text(f"{t.teacher}, one trace, trained between » and «", style="bold")

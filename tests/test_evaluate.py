@@ -282,7 +282,7 @@ def test_a_models_own_chat_settings_do_not_change_greedy_answers(
     assert caplog.messages == []
 
 
-def test_a_models_own_end_tokens_end_an_answer(
+def test_a_models_own_end_tokens_end_an_answer_and_are_no_part_of_it(
     qwen3: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     question = QUESTIONS[0].question
@@ -290,7 +290,7 @@ def test_a_models_own_end_tokens_end_an_answer(
     stop = next(i for i in ids if i not in ids[:3])
     ends = talkative(chatty_copy(qwen3, tmp_path / "ends", eos_token_id=[stop, tokenizer.eos_token_id]))
     ((cut,),) = generate(ends, tokenizer, QUESTIONS[:1], EvalConfig(max_new_tokens=12), seed=0)
-    assert cut == tokenizer.decode(ids[: ids.index(stop) + 1])
+    assert cut == tokenizer.decode(ids[: ids.index(stop)])
 
 
 def test_accuracy_is_the_share_of_right_answers(learned: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,256 @@
+"""How a chat template writes a turn: what heads an assistant's words and ends them; and texts that hold such marks."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+from mot_lora.columns import Message
+from mot_lora.errors import UserError
+from mot_lora.thought import opens_chain
+
+Render = Callable[[Sequence[Message], bool], str]
+"""(messages, add_generation_prompt) -> text. Errors: UserError for a conversation that the template does not take."""
+
+# What models' templates write at the end of a turn, at the beginning, and before a user, and texts can hold.
+ENDS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<eos>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "<|END_OF_TURN_TOKEN|>",
+    "[|endofturn|]",
+    "<|end_of_turn|>",
+)
+BEGINS = ("<|begin_of_text|>", "<bos>", "<s>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<|endoftext|>")  # noqa: RUF001
+USERS = (
+    "<|im_start|>user",
+    "<|start_header_id|>user",
+    "<start_of_turn>user",
+    "<|turn>user",
+    "<|start_of_role|>user",
+    "<|start|>user",
+    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>",
+    "<|user|>",
+    "<｜User｜>",  # noqa: RUF001
+    "[|user|]",
+    "[INST]",
+)
+# How a prompt begins and ends that was rendered by one of those templates.
+RENDERED = (
+    ("<|im_start|>", "<|im_start|>assistant"),
+    ("<|start_header_id|>", "<|start_header_id|>assistant<|end_header_id|>"),
+    ("<start_of_turn>", "<start_of_turn>model"),
+    ("<|turn>", "<|turn>model"),
+    ("<|start_of_role|>", "<|start_of_role|>assistant<|end_of_role|>"),
+    ("<|start|>", "<|start|>assistant"),
+    ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+    ("<|user|>", "<|assistant|>"),
+    ("<|system|>", "<|assistant|>"),
+    ("<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
+    ("[|user|]", "[|assistant|]"),
+    ("[INST]", "[/INST]"),
+)
+# A generation prompt that ends so has the chain of thought closed before it began.
+CLOSED = re.compile(r"(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z")
+EMPTY_CHAIN = re.compile(r"(<think>\s*)?</think>\s*\Z")
+ASKED, ANSWERED, AGAIN, SYSTEM = "question-1-of-user", "answer-1-of-assistant", "question-2-of-user", "words-of-system"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a chat template writes an assistant's turn, found by rendering a conversation with it.
+
+    The student reads the rendered prompt, and `header` where the template gives none to a prompt; it is trained to
+    write `lead`, its words, `tail`, and the token `stop`. `user` is what stands before and after a question, `system`
+    before and after a system's words, `again` before a second question.
+
+    >>> Turn.of(chatml, ends=["<|im_end|>"], marks=["<|im_start|>", "<|im_end|>"]).stop  # doctest: +SKIP
+    '<|im_end|>'
+    """
+
+    header: str
+    lead: str
+    tail: str
+    stop: str
+    user: tuple[str, str] = ("", "")
+    system: tuple[str, str] | None = None
+    again: str = ""
+
+    @classmethod
+    def of(cls, render: Render, ends: Sequence[str], marks: Sequence[str]) -> "Turn":
+        """ends: the texts of tokens at which generation stops, the tokenizer's own first; marks: of all added tokens.
+
+        Errors: UserError for a template that takes no user's question.
+        """
+        first: list[Message] = [{"role": "user", "content": ASKED}]
+        opened, said = render(first, True), _attempt(render, [{"role": "system", "content": SYSTEM}, *first], True)
+        closed = _attempt(render, first, False)
+        first.append({"role": "assistant", "content": ANSWERED})
+        before, last = _around(_attempt(render, first, False), ANSWERED)
+        earlier, after = _around(_attempt(render, [*first, {"role": "user", "content": AGAIN}], True), ANSWERED)
+        before, middle = before or earlier, after.partition(AGAIN)[0]
+        # a chain that the prompt opens is closed by the completion, and an empty one is no part of the header
+        extra = before.removeprefix(opened) if before.startswith(opened) and not opens_chain(opened) else ""
+        extra = EMPTY_CHAIN.sub("", extra)
+        header = extra.rstrip(" ") if opened == closed else ""  # a space begins the next word, in most vocabularies
+        tail, stop = _end(last, middle, ends, marks)
+        system = _around(said, SYSTEM)
+        return cls(
+            header,
+            extra.removeprefix(header),
+            tail,
+            stop,
+            user=_around(opened + header, ASKED),
+            system=(system[0], system[1].partition(ASKED)[0]) if said and SYSTEM in said else None,
+            again=_bare(middle.removeprefix(tail).removeprefix(stop)),
+        )
+
+    @property
+    def head(self) -> str:
+        """What the student reads between a user's words and its own."""
+        return self.user[1]
+
+    @property
+    def end(self) -> str:
+        """What is trained after the student's words."""
+        return self.tail + self.stop
+
+
+def _attempt(render: Render, messages: Sequence[Message], answer: bool) -> str | None:
+    try:
+        return render(messages, answer)
+    except UserError:
+        return None
+
+
+def _around(text: str | None, words: str) -> tuple[str, str]:
+    before, found, after = (text or "").rpartition(words)
+    return (before, after) if found else ("", "")
+
+
+def _end(last: str, middle: str, ends: Sequence[str], marks: Sequence[str]) -> tuple[str, str]:
+    """What stands between an answer and the token that ends it, and that token.
+
+    last, middle: what a template writes after its last answer, and between an answer and the next question.
+    """
+    alike = [x == y for x, y in zip(last, middle, strict=False)]
+    shared = last[: [*alike, False].index(False)] if middle else last
+    for text, among in ((shared, ends), (shared, marks), (last, ends), (last, marks), (middle, ends)):
+        if found := re.search(_any(among), text):
+            return text[: found.start()], found.group()
+    # an end in plain letters is learnt as it is written; it stops nothing, so a token must follow
+    return (last.rstrip() if middle.startswith(last.rstrip()) else ""), ends[0]
+
+
+def _any(texts: Sequence[str]) -> str:
+    """A pattern for any of these texts; some vocabularies have added tokens of spaces, which mark nothing."""
+    return "|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))) or r"(?!)"
+
+
+def _bare(text: str) -> str:
+    """A text without what begins a whole one, and without spaces around it."""
+    return re.sub(rf"\A(?:(?:{_any(BEGINS)})\s*)+", "", text.strip())
+
+
+# --- texts that hold the marks already -------------------------------------------------------------------
+
+
+def without_end(text: str, turn: Turn, ends: Sequence[str] = ()) -> str:
+    """A text without the marks of a turn's end at its own, the student's or other models', however many there are.
+
+    >>> without_end("5<|im_end|>", Turn("", "", "", "<|im_end|>"))
+    '5'
+    """
+    marks = tuple(mark for mark in (*ends, *ENDS, turn.stop, turn.tail.strip()) if mark.strip())
+    words = text
+    while (stripped := words.rstrip()).endswith(marks):
+        words = stripped[: -max(len(mark) for mark in marks if stripped.endswith(mark))]
+    return words if words is text else words.removesuffix(turn.tail)
+
+
+def holds_turn(text: str, turn: Turn, ends: Sequence[str] = ()) -> bool:
+    """Whether a text goes on into a user's turn, as generations do that nothing stopped at the end of theirs."""
+    users = [user for user in (*USERS, turn.again) if user.strip() and user in text]
+    if not users:
+        return False
+    end, begin = _any([*ends, *ENDS, turn.stop]), _any(BEGINS)
+    return re.search(rf"(?:{end})\s*(?:(?:{begin})\s*)*(?:{_any(users)})", text) is not None
+
+
+def unrendered(text: str, turn: Turn) -> tuple[Message, ...] | None:
+    r"""The messages of a prompt that the template has rendered already; None for one that it has not.
+
+    >>> t = Turn("", "", "", "<|im_end|>", ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"))
+    >>> unrendered("<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n", t)
+    ({'role': 'user', 'content': '1 + 1?'},)
+    """
+    words, (before, after) = _prompt(text), (_bare(turn.user[0]), _unopened(turn.head))
+    if not (before and after and words.endswith(after)):
+        return None
+    words = words.removesuffix(after)
+    said: list[Message] = []
+    if not words.startswith(before) and turn.system:
+        first, between = _bare(turn.system[0]), turn.system[1].strip()
+        system, found, rest = words.removeprefix(first).partition(between)
+        if not (between and found and words.startswith(first)):
+            return None
+        said, words, before = [{"role": "system", "content": system.strip()}], rest, ""
+    user = words.removeprefix(before)
+    if not words.startswith(before) or turn.stop in user or after in user:
+        return None
+    return (*said, {"role": "user", "content": user.strip()})
+
+
+def is_rendered(text: str, turn: Turn) -> bool:
+    """Whether a text is a conversation as the template renders it, up to where an answer begins."""
+    head = _unopened(turn.head)
+    return bool(turn.again and head) and turn.again in text and _prompt(text).endswith(head)
+
+
+def rendered_by(text: str) -> str | None:
+    r"""How a text begins that some chat template has rendered, up to where an answer begins; None for mere words.
+
+    >>> rendered_by("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"), rendered_by("What is [INST]?")
+    ('<start_of_turn>', None)
+    """
+    words = _prompt(text)
+    return next((begin for begin, end in RENDERED if words.startswith(begin) and words.endswith(end)), None)
+
+
+def _prompt(text: str) -> str:
+    return _unopened(_bare(text))
+
+
+def _unopened(prompt: str) -> str:
+    return prompt.strip().removesuffix("<think>").rstrip()
+
+
+# --- the date --------------------------------------------------------------------------------------------
+
+DATE = date(2024, 7, 26)  # which Llama's own templates say where they are told none
+LETTERS = "aAbBcdeFHIjmMpSuUwWxXyY"
+
+
+def dated(template: str) -> bool:
+    """Whether a template writes today's date into what the student reads."""
+    return "strftime_now" in template
+
+
+def pinned(template: str) -> str:
+    """The template with its clock stopped at `DATE`: what a student reads does not depend on the day."""
+    if not dated(template):
+        return template
+    codes = [f"%{flag}{letter}" for letter in LETTERS for flag in ("-", "")]
+    told = "".join(f' | replace("{code}", "{DATE.strftime(code)}")' for code in codes)
+    # the line's end is dropped after a block
+    return f"{{% macro strftime_now(format) -%}}{{{{ format{told} }}}}{{%- endmacro %}}\n{template}"
