@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -78,7 +77,7 @@ def load_model(
     free = f"end what else uses {device}, or begin a run with {smaller}"
     with enough_memory(f"loading {checkpoint.name} in {quantization}", free):
         model = from_pretrained(
-            checkpoint.path,
+            checkpoint,
             device,
             dtype,
             trust_remote_code,
@@ -98,7 +97,7 @@ def load_model(
 
 
 def from_pretrained(
-    folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False, **settings: Any
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False, **settings: Any
 ) -> PreTrainedModel:
     """A checkpoint as transformers loads it, without its bar; what it reports is shown where memory did not run out.
 
@@ -113,9 +112,9 @@ def from_pretrained(
     before = _times_out_of_memory(device)
     logger.addFilter(keep)
     try:
-        with warnings.catch_warnings(), _without_bars():
+        with warnings.catch_warnings(), _without_bars(), checkpoint.alone() as folder:
             warnings.simplefilter("ignore", FutureWarning)
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 device_map={"": device},
@@ -123,6 +122,8 @@ def from_pretrained(
                 use_safetensors=True,
                 **settings,
             )
+        model.config._name_or_path = model.name_or_path = str(checkpoint.path)  # which an adapter of it will name
+        return model
     except RuntimeError as e:
         said = [line for r in reports for line in r.getMessage().splitlines() if NO_MEMORY.search(line)]
         if not (said or _times_out_of_memory(device) > before or is_out_of_memory(e)):

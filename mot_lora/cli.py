@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from mot_lora import adapter_commands
-from mot_lora.errors import UserError
+from mot_lora.errors import Remark, UserError
 from mot_lora.interruption import INTERRUPTS, signals_raise
 from mot_lora.options import Json, print_json
 
@@ -89,14 +89,14 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
     settings = load_config(config, overrides or [])
     from mot_lora.chat import load_tokenizer
-    from mot_lora.checkpoint import COMPANIONS, locate
+    from mot_lora.checkpoint import Checkpoint
     from mot_lora.data import load_data
     from mot_lora.display import live, screen
     from mot_lora.tables import data_tables
 
     console = screen(as_json)
     with live(console) as progress:
-        folder = locate(settings.student, list(COMPANIONS))
+        folder = Checkpoint.open(settings.student, weights=False).path
         record = load_data(settings, load_tokenizer(folder, settings.trust_remote_code), progress).record
     if as_json:
         print_json(record.model_dump(mode="json"))
@@ -460,9 +460,16 @@ def _end(status: int, line: str) -> NoReturn:
     raise _Told(status) from None
 
 
+def _show(message: Warning | str, category: type[Warning], file: str, line: int, *_: Any) -> None:
+    is_ours = category is Remark
+    sys.stderr.write(f"note: {message}\n" if is_ours else warnings.formatwarning(message, category, file, line))
+
+
 def main() -> None:
     """Run a command; a mistake of the user's ends with exit status 2 and one line."""
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other about their next versions
+    warnings.simplefilter("always", Remark)
+    warnings.showwarning = _show
     # threads that wait by spinning make CPU work many times slower wherever something else runs beside it
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:

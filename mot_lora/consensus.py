@@ -106,7 +106,7 @@ def _open(
     rundir: RunDir, config: Config, traces: int, progress: Progress
 ) -> tuple[Checkpoint, PreTrainedTokenizerBase, dict[str, tuple[Example, ...]]]:
     """The run's base and its tokenizer, and each teacher's held-out traces, at most so many."""
-    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
+    checkpoint = Checkpoint.open(config.student)
     inputs = rundir.environment().get("inputs", {})
     if checkpoint.fingerprint() != inputs.get("student"):
         raise UserError(f"{config.student}: is not the model that {rundir.path} was begun with; bring that one back")

@@ -1,6 +1,7 @@
 """The one exception for mistakes that the user can mend, and what becomes it."""
 
 import re
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,16 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         line = message.replace("\r", " ").replace("\n", " ")  # whatever a file has put into it
         super().__init__(line.encode("utf-8", "backslashreplace").decode())  # a lone surrogate cannot be printed
+
+
+class Remark(UserWarning):
+    """What was taken otherwise than it may look; the commands print it as `note: ...`."""
+
+
+def remark(*lines: str) -> None:
+    """Warn of each line, as a Remark."""
+    for line in lines:
+        warnings.warn(Remark(line), stacklevel=3)
 
 
 class DivergedError(UserError):

@@ -111,7 +111,7 @@ def choose(path: str | Path, round: int | None = None) -> Chosen:
     if number not in {r.round for r in record.rounds}:
         raise UserError(f"{path}: round {number} is not finished; it has {len(record.rounds)} rounds")
     rundir.check(config)
-    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
+    checkpoint = Checkpoint.open(config.student)
     said = rundir.environment().get("inputs", {}).get("student")
     if checkpoint.fingerprint() != said:
         raise UserError(f"{config.student}: is not the model that {path} was begun with; bring that one back")

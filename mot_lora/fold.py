@@ -1,19 +1,19 @@
 """Merged updates written into a full checkpoint on disk: W_0 + D, a tensor at a time, rounded once."""
 
-import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mot_lora.agreement import layer_of
-from mot_lora.checkpoint import COMPANIONS, INDEX_FILE, Checkpoint
+from mot_lora.checkpoint import Checkpoint, describe
 from mot_lora.durable import check_new
-from mot_lora.errors import UserError, writing
+from mot_lora.errors import UserError, remark, writing
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
@@ -21,6 +21,7 @@ from mot_lora.records import KeptRecord
 from mot_lora.tensorfile import TensorFile, write_tensors
 from mot_lora.verify import verify_placement
 
+FORMAT = ("dtype", "torch_dtype")  # in a config; the second for readers before transformers 4.56
 BLOCK = 1 << 18  # entries that are summed, rounded and measured while they are in the cache
 
 
@@ -60,6 +61,7 @@ def fold_placement(
     """
     placement.check()
     check_new(out)
+    remark(*placement.checkpoint.remarks)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         with writing(out):
@@ -142,19 +144,27 @@ def _round(base: Tensor, delta: Tensor, to: torch.dtype, exact: torch.dtype) -> 
 
 
 def _companions(p: Placement, out: Path) -> None:
-    for pattern in COMPANIONS:
-        for file in p.checkpoint.path.glob(pattern):
-            if file.name not in ("config.json", INDEX_FILE):
-                shutil.copyfile(file, out / file.name)
+    for file in p.checkpoint.companions:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(p.checkpoint.path / file, out / file)
     config = dict(p.checkpoint.config)
-    if p.dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(p.dtype).removeprefix("torch.")
+    if p.dtype:
+        name = str(p.dtype).removeprefix("torch.")
+        config = _in(config, name) | dict.fromkeys(FORMAT, name)
     if p.untied:
         config["tie_word_embeddings"] = False
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if set(p.files) != {"model.safetensors"}:
-        where = {name: file for file, names in p.files.items() for name in names}
-        size = sum(math.prod(p.stored(n).shape) * p.dtype_of(n)[0].itemsize for n in where)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    where = {name: file for file, names in p.files.items() for name in names}
+    size = sum(math.prod(p.stored(n).shape) * p.dtype_of(n)[0].itemsize for n in where)
+    describe(out, config, where, size)
+
+
+def _in(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config, and those inside it, with their format named anew where they name one."""
+    return {
+        key: dtype
+        if key in FORMAT and value
+        else _in(cast("dict[str, Any]", value), dtype)
+        if key.endswith("_config") and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from mot_lora import durable
+from mot_lora.checkpoint import Checkpoint
 from mot_lora.durable import read_record, write_record
 from mot_lora.errors import UserError, enough_memory, writing
 from mot_lora.export import Chosen, choose, export
@@ -252,13 +253,13 @@ def _model(
         if dtype is None:
             return _in_memory(chosen, who, device)
         if who == "base":
-            return from_pretrained(chosen.checkpoint.path, device, dtype, config.trust_remote_code)
+            return from_pretrained(chosen.checkpoint, device, dtype, config.trust_remote_code)
         run = chosen.rundir.path.resolve()
         with writing(run.parent):
             folder = tempfile.TemporaryDirectory(prefix=f".{run.name}.eval-", dir=run.parent)
         out = Path(stack.enter_context(folder)) / "student"
         export(chosen.rundir.path, out, round=chosen.round, dtype=EXPORTED, progress=progress)
-        return from_pretrained(out, device, dtype, config.trust_remote_code)
+        return from_pretrained(Checkpoint.open(out), device, dtype, config.trust_remote_code)
 
     less = f"lower --batch-size {batch_size}, or measure --quantized"
     with enough_memory("", less), stack, loaded(load) as model:

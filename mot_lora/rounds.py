@@ -21,7 +21,7 @@ from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.data import Data, load_data
 from mot_lora.durable import write_record, write_text
-from mot_lora.errors import UserError, enough_memory
+from mot_lora.errors import UserError, enough_memory, remark
 from mot_lora.ledger import final_due, read_ledger, read_page, read_run
 from mot_lora.liger import uses_liger
 from mot_lora.loop import Evaluate, Loop, Train
@@ -65,13 +65,14 @@ def run(
     check_trackers(config.branch.report_to)
     uses_liger(config.branch.liger, device.type == "cuda")
     resolve(config.merge.method)
-    checkpoint = Checkpoint.open(config.student, config.trust_remote_code, weights=False)
+    checkpoint = Checkpoint.open(config.student, weights=False)
     check_targets(checkpoint.path, config.lora, config.trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     data = load_data(config, tokenizer, progress)
     _check_context(checkpoint, data)
     needs = _check_fit(config, checkpoint, data, this_card(device), force)
-    checkpoint = Checkpoint.open(config.student, config.trust_remote_code)
+    checkpoint = Checkpoint.open(config.student)
+    remark(*checkpoint.remarks)
     with rundir.lock():
         if repair:
             rundir.repair(config)
@@ -136,7 +137,7 @@ def preview(
         on = this_card(device_of(config))
         on = on if on.is_gpu or config.device == "cpu" else find_card(USUAL)
     on = replace(on, gib=gib) if gib else on
-    checkpoint = Checkpoint.open(config.student, config.trust_remote_code, weights=False)
+    checkpoint = Checkpoint.open(config.student, weights=False)
     check_targets(checkpoint.path, config.lora, config.trust_remote_code)
     data, unread = None, ""
     try:

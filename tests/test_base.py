@@ -14,6 +14,7 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import MakeAdapter, hashes, small_update, stored, true_updates
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mot_lora import UserError, fold_checkpoint, load_adapter, merge_adapters
@@ -106,8 +107,8 @@ def test_refuses_what_is_no_16_bit_model(qwen3: Path, tmp_path: Path, make_adapt
         Checkpoint.open(path)
 
     path = damaged("quantized")
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    file = min(path.glob("*.safetensors"))
+    save_file({n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="stored quantized"):
         Checkpoint.open(path)
 

@@ -31,7 +31,7 @@ def make(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:
         return torch.randint(0, 2, shape, generator=generator).bool()
     if dtype.is_floating_point:
         return (torch.randn(shape, generator=generator) * 10).to(dtype)
-    low, high = (0, 200) if dtype == torch.uint8 else (-100, 100)
+    low, high = (0, 200) if str(dtype).startswith("torch.u") else (-100, 100)
     return torch.randint(low, high, shape, generator=generator, dtype=dtype)
 
 
