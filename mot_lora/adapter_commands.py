@@ -12,9 +12,11 @@ Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="PEFT 
 Method = Annotated[
     str | None, typer.Option(help="linear, ties, dare_linear, dare_ties, della, sce, or module:function of your own")
 ]
-Weights = Annotated[str | None, typer.Option(help="one number an adapter, e.g. 2,1,1; equal unless given")]
+Weights = Annotated[
+    str | None, typer.Option(help="one number an adapter, e.g. 2,1,1; equal unless given; 1,-1 subtracts")
+]
 Density = Annotated[str | None, typer.Option(help="share of entries kept: a number, or PATTERN=NUMBER,... by module")]
-Scale = Annotated[str | None, typer.Option(help="multiplies the merge: a number, or PATTERN=NUMBER,... by module")]
+Scale = Annotated[str | None, typer.Option(help="multiplies the merge: a number, also negative, or PATTERN=NUMBER,...")]
 Space = Annotated[str | None, typer.Option(help="where the updates meet: core or knots; the weights' own unless given")]
 Seed = Annotated[int, typer.Option(help="of dare and della")]
 Spec = Annotated[Path | None, typer.Option(help="a YAML file of these settings, as under `merge:` in a config")]

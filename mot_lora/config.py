@@ -228,7 +228,13 @@ def _not_negative(weight: PerModule) -> PerModule:
     return weight
 
 
+def _with_patterns(weight: PerModule) -> PerModule:
+    _check_numbers(weight, lambda _: True, "")
+    return weight
+
+
 Weight = Annotated[PerModule, AfterValidator(_not_negative)]
+SignedWeight = Annotated[PerModule, AfterValidator(_with_patterns)]
 
 
 def _name_or_numbers(weights: Any) -> str:
@@ -266,7 +272,7 @@ class MethodConfig(Settings):
     @field_validator("scale")
     @classmethod
     def _scale_in_range(cls, scale: PerModule) -> PerModule:
-        _check_numbers(scale, lambda x: x > 0, "scale must be above 0")
+        _check_numbers(scale, lambda x: x != 0, "scale must not be 0")
         return scale
 
     @model_validator(mode="after")
@@ -278,9 +284,12 @@ class MethodConfig(Settings):
 
 
 class MergeConfig(MethodConfig):
-    """The merge spec of `mot-lora merge --spec`: one weight an adapter, which may differ by module."""
+    """The merge spec of `mot-lora merge --spec`: one weight an adapter, which may differ by module.
 
-    weights: tuple[Weight, ...] | None = None
+    With a negative weight, linear and dare_linear are sums and no means; a negative scale turns the merge round.
+    """
+
+    weights: tuple[SignedWeight, ...] | None = None
 
 
 class RoundMergeConfig(MethodConfig):
@@ -293,6 +302,12 @@ class RoundMergeConfig(MethodConfig):
 
     weights: Weights = "uniform"
     momentum: float = Field(default=0.0, ge=0, lt=1)
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_in_range(cls, scale: PerModule) -> PerModule:
+        _check_numbers(scale, lambda x: x > 0, "scale must be above 0")
+        return scale
 
     @field_validator("weights", mode="before")
     @classmethod

@@ -56,9 +56,9 @@ def elect_sign(weighted: Deltas) -> Tensor:
 
 
 def weighted_mean(deltas: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i d_i / sum_i w_i, one update in memory at a time.
+    """sum_i w_i d_i / sum_i w_i, one update in memory at a time; with a negative weight the sum alone.
 
-    deltas: n of one shape; weights: n, not negative, not all 0.
+    deltas: n of one shape; weights: n, not all 0.
 
     >>> weighted_mean(torch.tensor([[4.0], [-1.0]]), [1, 1])
     tensor([1.5000])
@@ -69,7 +69,7 @@ def weighted_mean(deltas: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
         total.add_(delta, alpha=w)
     if total is None:
         raise UserError("nothing to merge: give at least one update")
-    return total.div_(sum(weights))
+    return total.div_(divisor(weights))
 
 
 def elected_mean(deltas: Iterable[Tensor], weights: Sequence[float], voices: Sequence[float] | None = None) -> Tensor:
@@ -110,10 +110,10 @@ def elected_mean(deltas: Iterable[Tensor], weights: Sequence[float], voices: Seq
 def linear(deltas: Deltas, weights: Sequence[float] | None = None, *, scale: float = 1.0) -> Tensor:
     """The weighted mean of the updates (model soups, arXiv 2203.05482).
 
-    scale * sum_i w_i d_i / sum_i w_i. deltas: [n, ...] or a sequence of [...], any float dtype; weights: n
-    numbers >= 0.
+    scale * sum_i w_i d_i / sum_i w_i, or, with a negative weight, task arithmetic (arXiv 2212.04089): scale *
+    sum_i w_i d_i, so that weights (1, -1) are d_1 - d_2. deltas: [n, ...] or a sequence of [...], any float dtype.
 
-    Errors: UserError when the shapes differ, or the weights are of the wrong number or sign.
+    Errors: UserError when the shapes differ, or the weights are of the wrong number, not finite or all 0.
 
     >>> linear(torch.tensor([[[1.0]], [[3.0]]]))
     tensor([[2.]])
@@ -126,12 +126,13 @@ def ties(deltas: Deltas, weights: Sequence[float] | None = None, *, density: flo
     """Trim, elect a sign, and average what agrees with it (TIES, arXiv 2306.01708).
 
     Weights are applied before the sign is elected; the sum is divided by the weights that agree.
-    deltas, weights and errors as in `linear`; density in (0, 1] is the share of entries that each update keeps.
+    deltas, weights and errors as in `linear`, and UserError for a negative weight; density in (0, 1] is the share of
+    entries that each update keeps.
 
     >>> ties(torch.tensor([[[1.0, 5.0]], [[-4.0, 3.0]]]), density=0.5)
     tensor([[-4.,  5.]])
     """
-    d, w = _prepare(deltas, weights)
+    d, w = _prepare(deltas, weights, elects=True)
     return scale * elected_mean((trim(x, density) for x in d), w)
 
 
@@ -165,12 +166,12 @@ def dare_ties(
 ) -> Tensor:
     """Drop at random, rescale by 1/density, elect a sign, and average what agrees (arXiv 2311.03099, 2306.01708).
 
-    Arguments and errors as in `dare_linear`.
+    Arguments and errors as in `dare_linear`, and UserError for a negative weight.
 
     >>> dare_ties(torch.tensor([[[1.0]], [[-4.0]]]), density=1.0, generator=torch.Generator())
     tensor([[-4.]])
     """
-    d, w = _prepare(deltas, weights)
+    d, w = _prepare(deltas, weights, elects=True)
     return scale * elected_mean(_dropped(d, density, generator), w)
 
 
@@ -187,12 +188,12 @@ def della(
 
     An entry is kept with probability density - epsilon (a row's smallest) to density + epsilon (its largest) and
     divided by it. epsilon is half of what keeps both within (0, 1) unless given. Other arguments and errors as in
-    `dare_linear`, and UserError for an epsilon that leaves (0, 1).
+    `dare_ties`, and UserError for an epsilon that leaves (0, 1).
 
     >>> della(torch.ones(2, 1, 1), density=1.0, generator=torch.Generator())
     tensor([[1.]])
     """
-    d, w = _prepare(deltas, weights)
+    d, w = _prepare(deltas, weights, elects=True)
     check_density(density)
     room = min(density, 1 - density)
     spread = room / 2 if epsilon is None else epsilon
@@ -216,7 +217,7 @@ def sce(deltas: Deltas, weights: Sequence[float] | None = None, *, density: floa
     >>> sce(torch.tensor([[[1.0, 5.0]], [[-4.0, 5.0]]]), density=0.5)
     tensor([[-4.,  0.]])
     """
-    d, w = _prepare(deltas, weights)
+    d, w = _prepare(deltas, weights, elects=True)
     check_density(density)
     selected = 1.0 if density == 1 else _most_varied(d, density)
     energies = [float((_wide(x) * selected).square_().mean()) for x in d]
@@ -257,6 +258,7 @@ METHODS: dict[str, Method] = {
     "sce": sce,
 }
 NEEDS_DENSITY = frozenset(METHODS) - {"linear"}
+ELECTS = frozenset(METHODS) - {"linear", "dare_linear"}
 
 
 def _dropped(deltas: Deltas, density: float, generator: Generators) -> Iterable[Tensor]:
@@ -267,20 +269,32 @@ def _one_each(generator: Generators, n: int) -> Sequence[torch.Generator]:
     return [generator] * n if isinstance(generator, torch.Generator) else generator
 
 
-def _prepare(deltas: Deltas, weights: Sequence[float] | None) -> tuple[Deltas, list[float]]:
+def _prepare(deltas: Deltas, weights: Sequence[float] | None, elects: bool = False) -> tuple[Deltas, list[float]]:
     if isinstance(deltas, Tensor | list | tuple):  # a lazy sequence would be computed here for its shapes alone
         shapes = [list(d.shape) for d in deltas]
         if not shapes or any(s != shapes[0] for s in shapes):
             raise UserError(f"merging needs updates of one shape, not {shapes}")
-    w = check_weights(weights, len(deltas))
+    w = check_weights(weights, len(deltas), elects)
+    if min(w) < 0:
+        return deltas, w
     # only the ratio counts, and counts of traces may overflow a dtype; a power of two divides without rounding
     return deltas, [math.ldexp(x, -math.frexp(max(w))[1]) for x in w]
 
 
-def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
+def divisor(weights: Sequence[float]) -> float:
+    """What a weighted sum is divided by: its weights' sum, which makes it a mean, or 1 where one is negative.
+
+    >>> divisor([2, 1]), divisor([1, -1])
+    (3, 1.0)
+    """
+    return 1.0 if min(weights) < 0 else sum(weights)
+
+
+def check_weights(weights: Sequence[float] | None, n: int, elects: bool = False) -> list[float]:
     """The weights of n adapters, all 1 when none are given.
 
-    Errors: UserError for the wrong number, a negative or non-finite weight, or a sum of 0.
+    Errors: UserError for the wrong number, a weight that is not finite, all 0, and for a negative one where a sign is
+    elected: what is to be taken away has no vote.
 
     >>> check_weights(None, 2)
     [1.0, 1.0]
@@ -288,6 +302,8 @@ def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     w = [1.0] * n if weights is None else [float(x) for x in weights]
     if len(w) != n:
         raise UserError(f"{len(w)} weights for {n} adapters: give one for each")
-    if not all(0 <= x < float("inf") for x in w) or sum(w) <= 0:
-        raise UserError(f"weights must be finite, not negative, and not all 0: {w}")
+    if not all(map(math.isfinite, w)) or not any(w):
+        raise UserError(f"weights must be finite, and not all 0: {w}")
+    if elects and min(w) < 0:
+        raise UserError(f"weights must not be negative where a sign is elected: {w}; subtract with linear, dare_linear")
     return w

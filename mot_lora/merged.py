@@ -14,7 +14,7 @@ from mot_lora.align import SPACES
 from mot_lora.config import PerModule, compiled, first_match, for_module
 from mot_lora.errors import UserError
 from mot_lora.lowrank import Adapter, Dense, Factors, Form, Update, concatenate
-from mot_lora.merge import METHODS, NEEDS_DENSITY, Method, check_weights, seed_for
+from mot_lora.merge import ELECTS, METHODS, NEEDS_DENSITY, Method, check_weights, divisor, seed_for
 from mot_lora.sparsify import check_density
 
 
@@ -60,7 +60,7 @@ class Merged:
             raise UserError(f"a {method_name(self.method)} merge of {module} is not low-rank: fold it, or give a rank")
         if self.space is None:
             weights = check_weights(self.weights_of(module), len(parts))
-            scale = for_module(self.scale, module) / sum(weights)
+            scale = for_module(self.scale, module) / divisor(weights)
             have = [(p, w * scale) for p, w in zip(parts, weights, strict=True) if isinstance(p, Factors)]
             both = concatenate([p for p, _ in have], [w for _, w in have], dtype)
             return replace(both, form=self.forms[module])
@@ -256,7 +256,7 @@ def combine(
     merged = Merged(tuple(adapters), method, tuple(w), density, scale, seed, space, shapes, forms)
     for module in shapes:
         try:
-            check_weights(merged.weights_of(module), len(adapters))
+            check_weights(merged.weights_of(module), len(adapters), method in ELECTS)
         except UserError as e:
             raise UserError(f"{module}: {e}") from e
     return merged

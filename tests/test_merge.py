@@ -756,9 +756,9 @@ WRONG_WEIGHTS = [
     ((1,), "1 weights for 3 adapters"),
     ((1, 1, 1, 1), "4 weights for 3 adapters"),
     ((), "0 weights for 3 adapters"),
-    ((1, -1, 1), "-1.0"),
     ((1, math.nan, 1), "nan"),
     ((1, math.inf, 1), "inf"),
+    ((1, -math.inf, 1), "inf"),
     ((0, 0, 0), "not all 0"),
 ]
 
