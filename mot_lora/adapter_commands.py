@@ -61,6 +61,13 @@ def merge(
         console.print(save_table(record))
     lost = f"{record.lost:.2%} of the merge lost" if record.lost else "exact"
     console.print(f"adapter of rank {record.rank}, {lost}: {out}", soft_wrap=True, highlight=False)
+    if not record.uniform:
+        console.print(
+            f"its modules have ranks {min(record.ranks.values())} to {record.rank}, which PEFT reads; vLLM and "
+            "llama.cpp would scale some of them wrongly: for those, give a smaller --rank",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def fold(

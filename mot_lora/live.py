@@ -90,7 +90,7 @@ def add_merged_adapter(
                 f"{module}: PEFT cannot hold a LoRA beside trained tokens or a trained copy in one model; "
                 "save_adapter the merge and load it into the plain base"
             )
-    packed = pack(combine(adapters, method, weights, density, scale, seed, space), rank)
+    packed = pack(combine(adapters, method, weights, density, scale, seed, space), rank, filled=False)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on tied weights: the update is the adapters' own

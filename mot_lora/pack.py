@@ -4,12 +4,13 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mot_lora.adapters import WEIGHTS_FILE
 from mot_lora.errors import UserError, writing
@@ -20,6 +21,8 @@ from mot_lora.progress import Progress, silent
 from mot_lora.records import SaveRecord
 from mot_lora.tensorfile import write_tensors
 from mot_lora.wrappers import PREFIX
+
+PADDING = 64 << 20  # bytes of zeros that any file may have, for one rank in all modules
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ def save_adapter(
     """Write a folder that PEFT loads, and return what `rank` cost: the share |lost| / |D|, in all and by module.
 
     Without a rank the copy is exact (in fp32): factors as they are, or concatenated for a linear merge. With one, each
-    module gets its best copy of that rank. The scaling is folded into B, so r = alpha in the written config. A folder
-    that is there already is replaced, file by file.
+    module gets its best copy of that rank. The scaling is folded into B, so r = alpha in the written config, and lower
+    ranks are filled up with zeros to one rank, which every reader scales alike, unless that would more
+    than double the file and add 64 MiB. A folder that is there already is replaced, file by file.
 
     Errors: UserError for a merge that is not low-rank (TIES, DARE, ...) without a rank, and a path that cannot be
     written.
@@ -68,14 +72,16 @@ def write_packed(packed: Packed, path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress = silent) -> Packed:
-    """An adapter or a merge as PEFT holds it. Arguments and errors as in `save_adapter`."""
+def pack(
+    adapter: Adapter | Merged, rank: int | None = None, progress: Progress = silent, filled: bool = True
+) -> Packed:
+    """An adapter or a merge as PEFT holds it, its lower ranks `filled` up with zeros or not; else as `save_adapter`."""
     modules = list(adapter.shapes if isinstance(adapter, Merged) else adapter.updates)
     forms = _forms(adapter)
     tensors: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
     norms: dict[str, float] = {}
-    ranks: dict[str, int] = {}
+    factors: dict[str, Factors] = {}
     saved: list[str] = []
     for done, module in enumerate(modules, 1):
         update = _update(adapter, module)
@@ -90,18 +96,22 @@ def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress 
                 tensors[PREFIX + origin.name] = copy.T.contiguous() if origin.transposed else copy
                 saved.append(origin.name.rpartition(".")[0])
         else:
-            exact, lost[module], norms[module] = _low_rank(adapter, module, update, rank)
-            ranks[module] = exact.rank
-            bare = [m for m in modules if forms[m] == "parameter" and m.rpartition(".")[0] == module.rpartition(".")[0]]
-            tensors |= _lora_tensors(module, forms[module], exact, bare)
+            factors[module], lost[module], norms[module] = _low_rank(adapter, module, update, rank)
         progress("pack", done, len(modules))
+    ranks = {module: f.rank for module, f in factors.items()}
+    top = max(ranks.values(), default=1)
+    size = sum(f.rank * _bytes(f) for f in factors.values())
+    zeros = sum((top - f.rank) * _bytes(f) for f in factors.values())
+    uniform = zeros <= (max(size, PADDING) if filled else 0)
+    for module, f in factors.items():
+        bare = [m for m in modules if forms[m] == "parameter" and m.rpartition(".")[0] == module.rpartition(".")[0]]
+        tensors |= _lora_tensors(module, forms[module], _padded(f, top) if uniform else f, bare)
     if any(form == "bias" for form in forms.values()):  # PEFT has a bias on all of them or on none
         for module in [m for m in ranks if forms[m] == "linear"]:
             size = tensors[f"{PREFIX}{module}.lora_B.weight"].shape[0]
             tensors.setdefault(f"{PREFIX}{module}.lora_B.bias", torch.zeros(size))
     of = {form: [m for m in modules if forms[m] == form] for form in set(forms.values())}
-    top = max(ranks.values(), default=1)
-    other = {rf"^{re.escape(m)}": r for m, r in ranks.items() if r != top}
+    other = {} if uniform else {rf"^{re.escape(m)}": r for m, r in ranks.items() if r != top}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -121,7 +131,8 @@ def pack(adapter: Adapter | Merged, rank: int | None = None, progress: Progress 
     total = math.fsum(norms.values())
     share = math.sqrt(math.fsum(lost[m] ** 2 * norms[m] for m in modules) / total) if total else 0.0
     method = method_name(adapter.method) if isinstance(adapter, Merged) else None
-    return Packed(config, tensors, SaveRecord(method=method, rank=top, ranks=ranks, lost=share, modules=lost))
+    record = SaveRecord(method=method, rank=top, ranks=ranks, uniform=uniform, lost=share, modules=lost)
+    return Packed(config, tensors, record)
 
 
 def _update(adapter: Adapter | Merged, module: str) -> Update:
@@ -143,6 +154,17 @@ def _low_rank(adapter: Adapter | Merged, module: str, update: Update, rank: int 
         raise UserError(f"a {what} merge of {module} is not low-rank: fold it, or give a rank{hint}")
     delta = update.delta()
     return *truncate(delta, rank), _square(delta)
+
+
+def _bytes(f: Factors) -> int:
+    """What each rank of an update takes in fp32."""
+    return 4 * math.prod(f.a.shape[:-2]) * (f.a.shape[-1] + f.b.shape[-2])
+
+
+def _padded(f: Factors, rank: int) -> Factors:
+    """The same update in factors of a larger rank, the rest of them zeros."""
+    more = rank - f.rank
+    return replace(f, a=pad(f.a, (0, 0, 0, more)), b=pad(f.b, (0, more))) if more else f
 
 
 def _square(delta: Tensor) -> float:

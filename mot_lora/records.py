@@ -252,12 +252,14 @@ class InspectRecord(Record):
 class SaveRecord(Record):
     """What became of a merge as an adapter: its ranks, and the share |lost| / |D| that they cost, in all and by module.
 
-    `method` is None for one adapter alone; `rank` is the largest of `ranks`.
+    `method` is None for one adapter alone; `rank` is the largest of `ranks`. `uniform`: all modules are written with
+    it, so that readers that know one rank and one alpha (vLLM, llama.cpp) scale them as PEFT does.
     """
 
     method: str | None
     rank: int
     ranks: dict[str, int]
+    uniform: bool = True
     lost: float
     modules: dict[str, float]
 
