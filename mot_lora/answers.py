@@ -4,7 +4,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from mot_lora.quantities import NUMBER, moment, quantity
+from mot_lora.quantities import NUMBER, UNIT, moment, quantity
 
 # --- signs and dress --------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ _DRESS = [
         (r"(?<=,)\s*\\!\s*|\\!", ""),
         (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ","),
         (r"(?<=\d)\{,\}(?=\d)", "."),
-        (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z])|(?:thin|med|thick|en)?space(?![A-Za-z]))|~", " "),
+        (r"(?<!\\)\\(?:[,;: ]|q?quad|(?:thin|med|thick|en)?space(?![A-Za-z]))|~", " "),
         (r"(?<!\\)\\([%#&_])", r"\1"),
         (r"(?<=[\d}])\s*" + _STYLE + r"\s*\{\s*([^{}]*)\}", r" \1"),  # 5\text{cm}
         *[(_STYLE + r"\s*\{([^{}]*)\}", r"\1")] * 2,
@@ -109,7 +109,9 @@ def bare(text: str) -> str:
 # --- where it stands --------------------------------------------------------------------------------
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(\{|[^\s{}$.,;]+)")
-_JOINED = re.compile(r"[\s$;.&]*(?:,|;|\band\b|\bor\b|\u548c|\u6216)(?:[\s$]|\\q?quad)*(?:(?:and|or)\b[\s$]*)?")
+# between boxes of one answer: \boxed{2} and \boxed{3}, x = \boxed{2}, \text{ for part (a) and } y = \boxed{3}
+_BETWEEN = r"(?:[\s$&;]|\\[()\[\]\\]|\\q?quad|\\text\s*\{|\}|for\b|part\b|\([a-z]\)|[A-Za-z](?:_\{?\w+\}?)?\s*=)*"
+_JOINED = re.compile(rf"\.?(?:{_BETWEEN}(?:,|\band\b|\bor\b|\u548c|\u6216))+{_BETWEEN}")
 _DENIED = re.compile(r"\b(?:not|instead of|rather than)\s*[$\\(\[*]*\s*$|n't\s+[$\\(\[*]*$", re.IGNORECASE)
 _IS = (
     r"(?:(?:is|are|was|were|will be|would be|should be|must be|equals|est|es|ist|lautet|\u00e9|\u00e8)(?![A-Za-z])"
@@ -121,11 +123,12 @@ _ANSWER = (
     r"|\u7b54\u6848|\u7b54(?=[:\uff1a])|\u7b54\u3048|\uc815\ub2f5"
 )
 _STATES = re.compile(
-    rf"(?:(?:{_ANSWER})[\s*_`\"')\]]*(?:{_IS}[\s*_`]*)+|\u6545\u9009[:\uff1a]?|<answer>|####"
+    rf"(?:(?:{_ANSWER})[\s*_`\"')\]]*(?:(?:{_IS}[\s*_`]*)+|(?=\$|\\[\[(]))|\u6545\u9009[:\uff1a]?|<answer>|####"
     r"|^[ \t]*#{1,6}[ \t]*\**(?:final[ \t]+)?answer\**[ \t]*\n)\s*"
     r"(?:(?:therefore|thus|simply|equal to|exactly|indeed|option|choice)\b[\s:*]*)*(?!(?:not|neither|never)\b)",
     re.IGNORECASE | re.MULTILINE,
 )
+_FINAL = re.compile(r"\bfinal answer\W*(?:is\b|[:\uff1a])", re.IGNORECASE)
 _END = re.compile(r"(?<![ap]\.m)(?<!\b[a-zA-Z])\.(?=[\s*\"]|$)|\u3002|[!?](?=\s|$)|</answer>")
 
 
@@ -197,8 +200,8 @@ FUNCTIONS = (
 _PROSE = re.compile(r"(?<![^\s(])[A-Za-z]{2,}(?=[\s.,;:!?)]|$)")
 _PRICE = rf"[$\u00a4\u20ac\u00a3\u00a5]?{NUMBER}"
 _NUMBERS = re.compile(
-    rf"(?<![A-Za-z0-9_.:^/*+\\{{-])(?P<said>-?{_PRICE}(?:(?:\s*,\s*(?:and\ |or\ )?|\s+(?:and|or)\s+){_PRICE})*"
-    r"(?:\s*%|\s*(?:percent|cents?|dollars|[kcm]?m|k?g|feet|inches|miles|hours|minutes|seconds|days)\b(?:\^\d)?)?)"
+    rf"(?<![A-Za-z0-9_.:^/*+\\{{-])(-?{_PRICE}(?:(?:\s*,\s*(?:and\ |or\ )?|\s+(?:and|or)\s+){_PRICE})*)"
+    rf"(\s*%|\s*(?:per\s?cent\b|{UNIT}))?"
     r"(?![A-Za-z0-9_^\\({/*]|[.,:]\d|\s*[+*/^=<>\\-]\s*[\d\w\\])"
     r"|(?<![\w:.])\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?(?![\w:])",
     re.VERBOSE | re.IGNORECASE,
@@ -210,28 +213,41 @@ _REFUSED = re.compile(
 _HIDDEN = "\u2588"
 
 
+def decided(text: str) -> str | None:
+    """What a text marks as its answer: the last box, or what it states, where it says "final answer" after the box too.
+
+    >>> decided(r"The answer is 4. \boxed{5}"), decided(r"\boxed{4}. Final answer: 5"), decided("It is 5.")
+    ('5', '5', None)
+    """
+    box = boxed(text)
+    after = _FINAL.search(text[text.rindex("\\") :]) if box is not None else None
+    return stated(text) if box is None or after else box
+
+
 @lru_cache(maxsize=4096)
 def expression(text: str) -> str:
-    r"""What a text gives as its answer: the last box, what it says "the answer is", or what it comes to last.
+    r"""What a text gives as its answer: what it marks so, or what it comes to last.
 
     >>> expression("The answer is **73**."), expression("He has 3 pears and buys 2, so $3 + 2 = 5$ in all.")
     ('73', '3 + 2 = 5')
     """
-    if (box := boxed(text)) is not None:
-        return bare(box)
-    said = stated(text)
-    whole = bare(text if said is None else said)
-    if _is_answer(whole):
+    part = decided(text)
+    if part is None:
+        whole, last = bare(text), bare(text.strip().rpartition("\n")[2])
+        return next((x for x in (whole, last) if _is_answer(x)), bare(_in_prose(text, -1)) or whole)
+    whole = bare(part)
+    if boxed(text) is not None or _is_answer(whole):
         return whole
-    if said is not None:
-        return bare(_in_prose(said, 0)) or whole
-    last = bare(text.strip().rpartition("\n")[2])
-    return last if _is_answer(last) else bare(_in_prose(text, -1)) or whole
+    # "The final answer: the largest $n$ is 34"
+    tail = re.match(r"[A-Za-z]{2,}\b.*\b(?:is|are|equals)\b(.*)", whole, re.DOTALL)
+    if tail and _is_answer(end := bare(tail[1])):
+        return end
+    return bare(_in_prose(part, 0)) or whole
 
 
 def _is_answer(text: str) -> bool:
     """Whether a text is nothing but an answer."""
-    if "\n" in text or "$" in text.lstrip("-$"):
+    if "\n" in text or "$" in text.lstrip("-$") or not re.search(r"\w", text):
         return False
     return bool(_is_formula(text) or quantity(text) or moment(text) or labelled(text))
 
@@ -256,7 +272,7 @@ def _in_prose(text: str, which: int) -> str:
         rest = rest[:start] + _HIDDEN * (end - start) + rest[end:]
     for m in _NUMBERS.finditer(rest):
         if not _REFUSED.search(rest[max(0, m.start() - 20) : m.start()]):
-            found.append((m.start(), m.end(), m[0]))
+            found.append((m.start(), m.end(), f"{m[1]} {m[2] or ''}" if m[1] else m[0]))
     return sorted(found)[which][2] if found else ""
 
 
@@ -295,7 +311,7 @@ def chosen(text: str) -> str | None:
     >>> chosen("B because it is prime"), chosen("Option A fails, so the answer is (C)."), chosen("A triangle")
     ('B', 'C', None)
     """
-    part = boxed(text) or stated(text)
+    part = decided(text)
     if part is None:
         named = {a or b or c for a, b, c in _CHOOSES.findall(plain(text))}
         if named:
@@ -333,7 +349,7 @@ def says(text: str, words: str) -> bool:
     >>> says("The capital is Paris.", "Paris"), says("It is not Paris.", "Paris"), says("Yes, it is.", "true")
     (True, False, True)
     """
-    part, wanted = boxed(text) or stated(text), _word(words)
+    part, wanted = decided(text), _word(words)
     given = text if part is None else part
     if _word(given) == wanted:
         return True

@@ -38,20 +38,21 @@ def equal(gold: str, answer: str) -> bool:
     """
     global _process
     with _lock:
+        said = ""
+        if _process and _process.poll() is not None:
+            _stop()
         try:
             _process = _process or _start()
-            return _ask(_process, [gold, answer]) == "true"
-        except BaseException:  # Ctrl-C too: an answer that nobody waits for would be taken for the next one
-            _stop()
-            raise
+            said = _ask(_process, [gold, answer])
         finally:
-            if _process and _process.poll() is not None:
+            if not said:  # it took too long, or Ctrl-C came: what it says now nobody asked for
                 _stop()
+    return said == "true"
 
 
 def _start() -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-P", "-W", "ignore", "-m", "mot_lora.judge"],
+        [sys.executable, "-P", "-W", "ignore", "-m", "mot_lora.judge", str(SECONDS), str(MEMORY)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -59,39 +60,51 @@ def _start() -> subprocess.Popen[str]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
         start_new_session=True,  # a Ctrl-C of the terminal is the parent's
     )
-    said = process.stdout.readline().strip() if process.stdout else ""
-    if said != "ready":
-        process.kill()
-        process.wait()
-        raise UserError(f"answers cannot be judged: math-verify does not load ({said or 'its process ended'})")
+    try:
+        if (said := _hear(process)) != "ready":
+            raise UserError(f"answers cannot be judged: math-verify does not load ({said or 'its process ended'})")
+    except BaseException:
+        _end(process)
+        raise
     return process
+
+
+def _hear(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
 
 
 def _ask(process: subprocess.Popen[str], pair: list[str]) -> str:
     """What the process says; nothing when it has ended."""
-    with suppress(BrokenPipeError):
-        assert process.stdin
-        assert process.stdout
+    assert process.stdin
+    try:
         process.stdin.write(json.dumps(pair) + "\n")
         process.stdin.flush()
-        if said := process.stdout.readline().strip():
-            return said
-    process.wait()
-    return ""
+        return _hear(process)
+    except BrokenPipeError:
+        return ""
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    with suppress(BrokenPipeError):  # what was not yet written to it
+        process.communicate()
 
 
 def _stop() -> None:
     global _process
     process, _process = _process, None
     if process:
-        process.kill()
-        with suppress(BrokenPipeError):
-            process.communicate()
+        _end(process)
 
 
 def _forget() -> None:
     """A forked process has no part in its parent's conversation."""
     global _process, _lock
+    if _process and _process.stdin and _process.stdout:
+        _process.stdin.close()
+        _process.stdout.close()
+        _process.returncode = 0  # it is not for this one to end
     _process, _lock = None, threading.Lock()
 
 
@@ -100,10 +113,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def serve() -> None:
+def serve(seconds: float, memory: int) -> None:
     """Answer pairs of expressions, a line each, from standard input until it ends."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    _bound_memory()
+    _bound(memory)
     try:
         verify = _verifier()
     except Exception as e:
@@ -113,7 +126,7 @@ def serve() -> None:
     with Path(os.devnull).open("w") as nowhere:
         for line in sys.stdin:
             # ends the process from a thread that needs no lock of the interpreter's
-            faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
             try:
                 right = verify(*json.loads(line))
             except (Exception, RecursionError, MemoryError):
@@ -122,12 +135,12 @@ def serve() -> None:
             print(json.dumps(right), file=answers, flush=True)
 
 
-def _bound_memory() -> None:
+def _bound(memory: int) -> None:
     with suppress(ImportError, ValueError, OSError):  # where there are no such limits
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if most < 0 else min(MEMORY, most), most))
+        resource.setrlimit(resource.RLIMIT_AS, (memory if most < 0 else min(memory, most), most))
 
 
 def _verifier() -> Any:
@@ -153,11 +166,11 @@ def _verifier() -> Any:
 def _same_number(a: Any, b: Any, *_: Any) -> bool:
     """Whether two of sympy's numbers or matrices are equal: exactly, or to six digits where one is a decimal."""
     sympy = cast("Any", import_module("sympy"))
+    a, b = a.doit(), b.doit()
     if getattr(a, "shape", None) or getattr(b, "shape", None):
         same_shape = getattr(a, "shape", None) == getattr(b, "shape", None)
         return same_shape and all(_same_number(x, y) or sympy.simplify(x - y) == 0 for x, y in zip(a, b, strict=True))
     endless = sympy.nan, sympy.zoo, sympy.oo, -sympy.oo
-    a, b = a.doit(), b.doit()
     if not (a.is_number and b.is_number):
         return False
     if (a.is_Rational and b.is_Rational) or a.has(*endless) or b.has(*endless):
@@ -171,4 +184,4 @@ def _same_number(a: Any, b: Any, *_: Any) -> bool:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(float(sys.argv[1]), int(sys.argv[2]))

@@ -20,10 +20,10 @@ _TABLE = {
     "euro": "1 \u20ac eur euro",
     "yen": "1 \u00a5 jpy yen",
     "rupee": "1 \u20b9 inr rs rupee",
-    "angle": r"1 ^\circ degree deg",
+    "angle": "1 ^\\circ \u00b0 degree deg",
     "radian": "1 rad radian",
-    "celsius": "1 ^\\circc \u2103 celsius",
-    "fahrenheit": "1 ^\\circf \u2109 fahrenheit",
+    "celsius": "1 ^\\circc \u00b0c \u2103 celsius",
+    "fahrenheit": "1 ^\\circf \u00b0f \u2109 fahrenheit",
 }
 _SHORT = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
 _EXPONENTS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3, "2": 2, "3": 3}
@@ -51,6 +51,12 @@ def _ratio(text: str) -> Fraction:
 
 
 _UNITS = _read_table()
+_NAMES = "|".join(re.escape(n) for n in sorted({*_UNITS, *_SHORT} - {"in"}, key=len, reverse=True))  # 5 in all
+UNIT = (
+    rf"(?:(?:square|sq\.?|cubic|cu\.?)\s+)?(?:{_NAMES})s?(?:\^\{{?[23]\}}?|[\u00b2\u00b3]|(?![a-z]))"
+    rf"(?:(?:/|\s+per\s+)(?:{_NAMES})s?(?![a-z]))?"
+)
+"""A unit behind a number, in a sentence."""
 
 
 def unit(text: str) -> Unit | None:
@@ -79,7 +85,9 @@ def _named_unit(text: str) -> Unit | None:
 
 # --- numbers ----------------------------------------------------------------------------------------
 
-_GROUPED = r"\d{1,3}(?:(?:,\d{3})+|(?:[ ]\d{3})+|(?:'\d{3})+|(?:\.\d{3}){2,})(?![\d,])|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)"
+_GROUPED = (
+    r"(?!0)\d{1,3}(?:(?:,\d{3})+|(?:[ ]\d{3})+|(?:'\d{3})+|(?:\.\d{3}){2,})(?![\d,])|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)"
+)
 _DECIMAL = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)"
 _BRACED = rf"(?:\{{\s*-?\s*{_DECIMAL}\s*\}}|\d)"
 NUMBER = rf"""(?:(?:\d+(?:[ ]+|(?=\\)))?(?:{_DECIMAL}[ ]?/[ ]?\d+(?:\.\d+)?|\\frac\s*{_BRACED}\s*{_BRACED})

@@ -52,15 +52,17 @@ def _gives(answer: str, gold: str) -> bool:
     if worded(right):
         return says(answer, right)
     given = expression(answer)
-    if "." in right and boxed(answer) is None and re.fullmatch(r"[+-]?\d+,(?!\d{3}$)\d+", given):
-        given = given.replace(",", ".")  # a decimal comma
+    right = re.sub(r"^(-?0),(?=\d{2,}$)", r"\1.", right)
+    if "." in right and boxed(answer) is None:
+        given = _DECIMAL_COMMA.sub(r"\1.\2", given)
     if label := labelled(given):
         given = label[1] or given
     return bool(given) and same(right, given)
 
 
-_EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)|\\approx(?![A-Za-z])")
-_IN_BASE = re.compile(r"([0-9A-Za-z]+)_\{?(\d+)\}?")
+_DECIMAL_COMMA = re.compile(r"^([^\d,]*(?:0|\d+(?!,\d{3}(?!\d)))),(\d+[^\d,]*)$")
+_EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
+_IN_BASE = re.compile(r"[0-9A-Za-z]+_\{?(\d+)\}?")
 
 
 def same(gold: str, answer: str) -> bool:
@@ -69,24 +71,35 @@ def same(gold: str, answer: str) -> bool:
     >>> same("1,234", "1234.0"), same("x = 5", "5"), same("2, 3", "3 and 2"), same("12 cm", "12 m")
     (True, True, True, False)
     """
+    ways = [re.split(r"\\approx(?![A-Za-z])", x) for x in (gold, answer)]  # 1/3 \approx 0.33 says both
+    return any(_same(g.strip(), a.strip()) for g in ways[0] for a in ways[1])
+
+
+def _same(gold: str, answer: str) -> bool:
     if _tight(gold) == _tight(answer):
-        return True
+        return bool(gold)
     times = [m for m in (moment(gold), moment(answer)) if m]
     if len(times) == 2:
         return same_moment(*times)
     if any(m[0] != "ratio" for m in times) or worded(gold) or worded(answer):
         return False
-    bases = [m[2] for m in map(_IN_BASE.fullmatch, (gold, answer)) if m]
+    bases = [m[1] for m in map(_IN_BASE.fullmatch, (gold, answer)) if m]
     if bases:  # who leaves the base out leaves it to the question
         return len(set(bases)) == 1 and gold.partition("_")[0] == answer.partition("_")[0]
     names = {_EQUALS.split(x)[0].strip() for x in (gold, answer) if _EQUALS.search(x)}
     if len(names) < 2 and (right := _numbers(gold)) and (given := _numbers(answer)):
-        return _same_numbers(right, given)
+        return (not _is_condition(gold) or bool(_EQUALS.search(answer))) and _same_numbers(right, given)
     (gold, measure), (answer, other) = _measured(gold), _measured(answer)
     if measure and other and measure != other:
         return False
     # of two numbers in a row LaTeX makes one
     return not any(re.search(r"\d\s+\d", x) for x in (gold, answer)) and equal(gold, answer)
+
+
+def _is_condition(text: str) -> bool:
+    """Whether an equation is a condition on its unknowns, as 2x + z = 1 is; m + n = 1 says what a sum comes to."""
+    left = re.sub(r"_\{?\w+\}?", "", _EQUALS.split(text)[0]) if _EQUALS.search(text) else ""
+    return bool(re.search(r"[A-Za-z]", left) and re.search(r"\d", left))
 
 
 def _tight(text: str) -> str:
