@@ -188,19 +188,25 @@ def fold(
         if isinstance(layer, LoraLayer)
     }
     new = new or [0.0] * (len(ledger) - 1) + [1.0]
-    places = Placement.of(checkpoint, ledger).places
-    for module, names in places.items():
-        if names != [f"{module}.weight"] or module not in layers:
+    placement = Placement.of(checkpoint, ledger)
+    names: dict[str, str] = {}
+    for module, shape in placement.shapes.items():
+        held = placement.places.get(module)
+        if not held or module not in layers or placement.stored(held[0]).shape not in (shape, shape[::-1]):
             raise UserError(f"{checkpoint.name}: {module} is no linear layer of the model in memory")
+        names[module] = held[0]
 
     def read(module: str) -> Tensor:
-        return checkpoint.tensor(f"{module}.weight", pinned=cast("Tensor", layers[module].weight).is_cuda)
+        return checkpoint.tensor(names[module], pinned=cast("Tensor", layers[module].weight).is_cuda)
 
-    modules = sorted(places, key=lambda module: checkpoint.where(f"{module}.weight"))
+    def turned(module: str, stored: Tensor) -> Tensor:
+        return stored if placement.plain else placement.layout.turned(module, stored)
+
+    modules = sorted(names, key=lambda module: checkpoint.where(names[module]))
     with closing(ahead(read, modules, AHEAD)) as stored:
         for module in modules:
             with enough_memory(f"folding {module}", f"end what else uses {model.device}; the same command goes on"):
-                yield _fold_module(module, layers[module], next(stored), ledger, new)
+                yield _fold_module(module, layers[module], turned(module, next(stored)), ledger, new)
 
 
 def _fold_module(

@@ -152,7 +152,7 @@ def _companions(p: Placement, out: Path) -> None:
         name = str(p.dtype).removeprefix("torch.")
         config = _in(config, name) | dict.fromkeys(FORMAT, name)
     if p.untied:
-        config["tie_word_embeddings"] = False
+        config = p.layout.untie(config)
     where = {name: file for file, names in p.files.items() for name in names}
     size = sum(math.prod(p.stored(n).shape) * p.dtype_of(n)[0].itemsize for n in where)
     describe(out, config, where, size)

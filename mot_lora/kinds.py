@@ -26,6 +26,7 @@ class Base(Protocol):
 
     @property
     def tied(self) -> Mapping[str, str]: ...
+    def parameter(self, module: str) -> str: ...
     def module(self, name: str) -> nn.Module: ...
     def weight(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor: ...
 
@@ -219,7 +220,7 @@ class Source:
 
             return factors
 
-        heads = [t.removesuffix(".weight") for t, s in base.tied.items() if s == f"{name}.weight"]
+        heads = [t.removesuffix(".weight") for t, s in base.tied.items() if s == base.parameter(name)]
         form: Form = "embedding" if isinstance(base.module(name), nn.Embedding) else "linear"
         return {name: make(form), **{h: make("linear") for h in heads if "tokens" not in groups.get(h, ())}}
 
@@ -232,7 +233,7 @@ class Source:
     def _is_whole(self, name: str) -> bool:
         if any(is_within(name, m) for m in self.config.get("modules_to_save") or ()):
             return True
-        return bool(self.config.get("ensure_weight_tying")) and f"{name}.weight" in self.base.tied
+        return bool(self.config.get("ensure_weight_tying")) and self.base.parameter(name) in self.base.tied
 
     def _whole(self, key: str, full: str, stored: str) -> Maker:
         """A trained copy of a parameter: D = copy - W."""
@@ -313,18 +314,20 @@ class Source:
         if said and not have:
             raise UserError(f"{self.label}: holds no tokens, which trainable_token_indices lists")
         for target in said if isinstance(said, dict) else ():
+            mine = {self.base.parameter(m): m for m in have}
             tied = {
                 t.removesuffix(".weight")
                 for t, s in self.base.tied.items()
-                if (m := s.removesuffix(".weight")) in have and said[first_match(said, m) or ""] == said[target]
+                if (m := mine.get(s)) and said[first_match(said, m) or ""] == said[target]
             }
             if not any(first_match([target], m) for m in have | tied):
                 raise UserError(f"{self.label}: holds no tokens of `{target}`, which trainable_token_indices lists")
         targets = self.config.get("target_modules") or ()
         listed = {t.rpartition(".")[2] for t in [*listed, *([] if isinstance(targets, str) else targets)]}
         if self.config.get("ensure_weight_tying") and listed & {"embed_tokens", "lm_head"}:  # PEFT's rule
+            have = {self.base.parameter(module) for module in made}
             for pair in ((t.removesuffix(".weight"), s.removesuffix(".weight")) for t, s in self.base.tied.items()):
-                if lone := [m for m in pair if m not in made]:
+                if lone := [m for m in pair if f"{m}.weight" not in have]:
                     raise UserError(f"{self.label}: holds nothing of `{lone[0]}`, which ensure_weight_tying asks for")
 
 

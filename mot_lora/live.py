@@ -130,6 +130,9 @@ class LiveBase:
         base: Any = self.model.get_base_model()
         return cast("Mapping[str, str]", getattr(base, "all_tied_weights_keys", None) or {})
 
+    def parameter(self, module: str) -> str:
+        return f"{module}.weight" if module in self.modules else module
+
     def layer(self, module: str) -> Any:
         """The LoRA layer of a module, or of a bare parameter that is named in full."""
         layer: Any = self.modules.get(module)
@@ -151,8 +154,6 @@ class LiveBase:
         if getattr(self.modules.get(module), "merged", False):
             raise UserError(f"{module}: adapters are merged into its weights; call the model's unmerge_adapter() first")
         if module in self.modules:
-            layer = self.module(module)
-            weight = read_weight(layer)
-            return (weight.T if type(layer).__name__ == "Conv1D" else weight).to(dtype)
+            return read_weight(self.module(module)).to(dtype)
         owner, _, parameter = module.rpartition(".")
         return getattr(self.module(owner), parameter).detach().to(dtype)

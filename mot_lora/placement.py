@@ -1,6 +1,6 @@
 """Merged updates in a checkpoint: which stored tensors they change, and by what; checked before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.errors import UserError
-from mot_lora.layout import Layout
+from mot_lora.layout import Layout, Spot
 from mot_lora.lowrank import Adapter
 from mot_lora.merged import Merged
 from mot_lora.targets import ends, is_target, is_within
@@ -51,53 +51,85 @@ class Placement:
         return self.layout.is_plain(self.shapes)
 
     @cached_property
-    def places(self) -> dict[str, list[str]]:
-        """Module -> the stored tensors that its update goes to.
+    def spots(self) -> dict[str, Spot]:
+        """What each module's update is of.
 
-        Errors: UserError for an update that fits none, which says which adapter's it is.
+        Errors: UserError for an update that fits nothing of the base, which says which adapter's it is.
         """
-        if self.plain:
-            return {module: [f"{module}.weight"] for module in self.shapes}
-        places: dict[str, list[str]] = {}
-        for module in self.shapes:
-            try:
-                self.layout.parameter(module)
-            except UserError as e:
-                raise UserError(f"{e} (adapter {self._whose(module)})") from e
+        spots: dict[str, Spot] = {}
         for module, shape in self.shapes.items():
             try:
-                pieces = self.layout.place(module, torch.empty(shape, device="meta"))
+                spot = spots[module] = self.layout.spot(module)
+                wanted = self.layout.shape(spot)
             except UserError as e:
                 raise UserError(f"{e} (adapter {self._whose(module)})") from e
-            for name, piece in pieces.items():
-                stored = self.layout.stored_shape(self.untied.get(name, name))
-                if stored is None and name in self.layout.tied:
-                    continue  # stays tied: what it shares gets the same update
-                if stored is None:
-                    raise UserError(f"{self.checkpoint.name}: has no {name}, which {self._whose(module)} updates")
-                if stored != tuple(piece.shape):
-                    raise UserError(
-                        f"{self.checkpoint.name}: {name} is {list(stored)}, the update of {module} by adapter "
-                        f"{self._whose(module)} {list(shape)}; is it their base?"
-                    )
-            places[module] = [name for name in pieces if self.layout.stored_shape(self.untied.get(name, name))]
-        return places
+            if wanted != shape:
+                name = next(iter(self.layout.names(spot)), spot.name)
+                raise UserError(
+                    f"{self.checkpoint.name}: {name} is {list(wanted)}, the update of {module} by adapter "
+                    f"{self._whose(module)} {list(shape)}; is it their base?"
+                )
+        return spots
+
+    @cached_property
+    def units(self) -> dict[str, list[str]]:
+        """The updated modules, together those that some stored tensor holds together, by a name for them."""
+        if self.plain:
+            return {module: [module] for module in self.shapes}
+        together: dict[str, list[str]] = {}
+        held = {module: self._held(module) for module in self.shapes}
+        for module, names in held.items():
+            members = [module]
+            for other in {id(together[n]): together[n] for n in names if n in together}.values():
+                members += other
+            together |= {n: members for m in members for n in held[m]}
+        units: dict[str, list[str]] = {}
+        for module in self.shapes:
+            first, *others = together[held[module][0]] if held[module] else [module]
+            name = self.layout.wholes(self.spots[first])[0].removesuffix(".weight") if others else module
+            units.setdefault(name, []).append(module)
+        return units
+
+    @cached_property
+    def places(self) -> dict[str, list[str]]:
+        """Unit -> the stored tensors that its updates go to."""
+        if self.plain:
+            return {module: [f"{module}.weight"] for module in self.shapes}
+        return {
+            unit: list(dict.fromkeys(n for module in modules for n in self._held(module)))
+            for unit, modules in self.units.items()
+        }
+
+    def _held(self, module: str) -> list[str]:
+        names = self.layout.names(self.spots[module])
+        if not names:
+            raise UserError(
+                f"{self.checkpoint.name}: has no {self.spots[module].name}, which {self._whose(module)} updates"
+            )
+        return [n for n in names if n in self.checkpoint.files or n in self.untied]  # else it stays tied
 
     @cached_property
     def untied(self) -> dict[str, str]:
-        """Parameters that the base ties to another, and the folded model no more: its updates tell them apart."""
+        """What the folded model holds apart, and the base does not: its name, and where the base has its values."""
         if self.plain:
             return {}
-        names = {self.layout.parameter(module): module for module in self.shapes}
-        return {
-            name: source
+        modules = {spot.name: module for module, spot in self.spots.items()}
+        apart = {
+            name
             for name, source in self.layout.tied.items()
-            if (name in names or source in names) and not self._alike(names.get(name), names.get(source))
+            if (name in modules or source in modules) and not self._alike(modules.get(name), modules.get(source))
+        }
+        if apart and self.layout.untie(self.checkpoint.config) != self.checkpoint.config:
+            apart = self.layout.tied.keys()  # without ties all that shared is written
+        return {
+            written: self.layout.names(Spot(self.layout.tied[name]))[0]
+            for name in apart
+            for written in self.layout.names(Spot(name))
         }
 
     def _alike(self, module: str | None, other: str | None) -> bool:
         if module is None or other is None:
-            return False
+            return module is other
         return all(
             module in m.shapes and other in m.shapes and torch.equal(m.delta(module), m.delta(other))
             for m in self.ledger
@@ -108,27 +140,48 @@ class Placement:
 
     def check(self) -> None:
         """Everything that can be known to be wrong before anything is written."""
+        assert self.places is not None  # what fits nothing is told first
         for adapter in (a for m in self.ledger for a in m.adapters):
-            check_complete(adapter, self.layout)
-        taken: dict[str, str] = {}
-        for module, names in self.places.items():
-            for name in names:
-                if taken.setdefault(name, module) != module:
-                    raise UserError(
-                        f"{name}: updated as {module} and as {taken[name]}: adapters of two layouts; save them alike"
-                    )
+            check_complete(adapter, self.layout, self.plain)
+        if not self.plain and not all(m.method == "linear" and m.space is None for m in self.ledger):
+            self._check_apart()
 
-    def pieces(self, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the ledger adds to the stored tensors that hold one module."""
+    def _check_apart(self) -> None:
+        """A method that is not linear has to see all updates of a parameter together, under one name."""
+        taken: dict[tuple[str, int | None], str] = {}
+        partly: dict[str, str] = {}
+        for module, spot in self.spots.items():
+            whole = self.layout.wholes(spot)
+            other = taken.get((spot.name, spot.expert)) or next((m for n in whole if (m := taken.get((n, None)))), None)
+            if not spot.is_whole:
+                partly |= dict.fromkeys(whole, module)
+            elif not other:
+                other = partly.get(spot.name)
+            if other:
+                raise UserError(
+                    f"{spot.name}: updated as {module} and as {other}: adapters of two layouts; save them alike, or "
+                    "merge them by method linear"
+                )
+            taken[spot.name, spot.expert] = module
+
+    def pieces(self, unit: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the ledger adds to the stored tensors that hold one unit."""
+        if self.plain:
+            return {f"{unit}.weight": self._delta(unit, dtype)}
+        placed = self.layout.place({module: self._delta(module, dtype) for module in self.units[unit]})
+        return {name: placed[name] for name in self.places[unit]}
+
+    def _delta(self, module: str, dtype: torch.dtype) -> Tensor:
         first, *others = (m for m in self.ledger if module in m.shapes)
         delta = first.delta(module, dtype)
         for m in others:
             delta += m.delta(module, dtype)
-        return {f"{module}.weight": delta} if self.plain else self.layout.place(module, delta)
+        return delta
 
     def base_square(self, module: str) -> float:
-        """|W|^2 of what one module is stored in."""
-        return sum(float(self.read(name).float().square().sum(dtype=torch.float64)) for name in self.places[module])
+        """|W|^2 of one module's weight."""
+        weight = self.checkpoint.tensor(f"{module}.weight") if self.plain else self.layout.weight(module)
+        return float(weight.float().square().sum(dtype=torch.float64))
 
     def dtype_of(self, name: str) -> tuple[torch.dtype, torch.dtype]:
         """What a tensor is written in, and what it is computed in."""
@@ -159,19 +212,37 @@ class Placement:
         return self.checkpoint.tensor(self.untied.get(name, name))
 
 
-def check_complete(adapter: Adapter, layout: Layout) -> None:
-    """UserError when an adapter's config asks for something of the base for which the adapter has nothing."""
-    have = set(adapter.updates)
+def check_complete(adapter: Adapter, layout: Layout, plain: bool) -> None:
+    """UserError when an adapter's config asks for something of the base for which the adapter has nothing.
+
+    The config speaks of the model that was trained: its names are the stored ones where the adapter's own are, and
+    those of this model otherwise. Of its other towers (vision, audio) an adapter may have nothing: a text model's.
+    """
+    missing = _missing(adapter, layout.checkpoint.files, {f"{module}.weight" for module in adapter.updates})
+    whole = any(adapter.targets.get(key) for key in ("modules_to_save", "target_parameters"))
+    if plain and not missing and not whole and not is_target(adapter.targets, HEAD):
+        return
+    spots = {module: layout.spot(module) for module in adapter.updates}
+    have = {spot.name for spot in spots.values()} | {n for spot in spots.values() for n in layout.names(spot)}
+    stored = layout.checkpoint.files
+    speaks_stored = any(n in stored and n not in layout.parameters for m in spots for n in (f"{m}.weight", m))
+    own = stored if speaks_stored else sorted(layout.parameters)
+    towers = {layout.tower(name) for name in have} | {""}
+    if missing := [name for name in _missing(adapter, own, have) if layout.tower(name) in towers]:
+        raise UserError(
+            f"adapter `{adapter.name}`: its config asks for {missing[0]}, but it holds nothing for it; "
+            "it is damaged or of another base"
+        )
+
+
+def _missing(adapter: Adapter, names: Iterable[str], have: Container[str]) -> list[str]:
+    """Those of the names that an adapter's config asks for and that it does not have."""
     saved, parameters = (adapter.targets.get(key) or () for key in ("modules_to_save", "target_parameters"))
-    names = [*layout.checkpoint.files, *(layout.parameters if saved or parameters else ())]
-    if is_target(adapter.targets, HEAD):  # may be tied, and then is not stored
-        names += [name for name in layout.tied if name == f"{HEAD}.weight"]
+    missing: list[str] = []
     for name in names:
         module, _, parameter = name.rpartition(".")
         asked = parameter == "weight" and is_target(adapter.targets, module)
         asked = asked or any(is_within(module, t) for t in saved) or any(ends(name, t) for t in parameters)
-        if asked and not have & {name, module if parameter == "weight" else name}:
-            raise UserError(
-                f"adapter `{adapter.name}`: its config asks for {name}, but it holds nothing for it; "
-                "it is damaged or of another base"
-            )
+        if asked and name not in have:
+            missing.append(name)
+    return missing

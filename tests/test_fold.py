@@ -704,14 +704,23 @@ def test_a_module_that_is_missing_in_the_middle_is_found(
         assert nothing_left(tmp_path)
 
 
-def test_a_checkpoint_whose_class_transformers_does_not_have_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_whose_class_transformers_does_not_have_is_folded_by_its_stored_names(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(bases["untied"], tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "architectures": ["NobodysModel"]}))
-    fold_checkpoint(base, small_update(base, 0.1, 0), tmp_path / "plain", verify=True)  # needs no model
+    fold_checkpoint(base, small_update(base, 0.1, 0), tmp_path / "plain", verify=True)
     peft_adapter(bases["untied"], tmp_path / "adapter", 0, target_modules=["lm_head", "q_proj"])
-    with pytest.raises(UserError, match="transformers has no `NobodysModel`"):
-        fold_checkpoint(base, merge_adapters([load_adapter(tmp_path / "adapter", base=base)]), tmp_path / "out")
+    merged = merge_adapters([load_adapter(tmp_path / "adapter", base=base)])
+    want = stored(fold_checkpoint(bases["untied"], merged, tmp_path / "known"))
+    got = stored(fold_checkpoint(base, merged, tmp_path / "unknown", verify=True))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["NobodysModel"]}))
+    with pytest.raises(UserError, match=r"transformers has no `NobodysModel`.*lm_head\.weight is tied"):
+        fold_checkpoint(base, merged, tmp_path / "out")
     assert nothing_left(tmp_path)
 
 

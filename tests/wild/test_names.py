@@ -1,0 +1,284 @@
+"""Models, adapters and checkpoints that name the same weights differently: what is folded computes what PEFT does."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from conftest import apart, change_config, stored
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from wild import lora, rename
+
+from mot_lora import fold_checkpoint, load_adapter, merge_adapters
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # its advice on tied weights and on merging
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+PATCHES: dict[str, Any] = {"depth": 1, "num_heads": 2, "patch_size": 4, "in_channels": 3, "hidden_size": 16}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+IMAGE = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+
+
+def made(make: Callable[[], t.PreTrainedModel]) -> t.PreTrainedModel:
+    """A model with weights of a size at which nothing is lost among rounding."""
+    torch.manual_seed(0)
+    model = make().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise * 0.2 if p.ndim > 1 else p + noise * 0.05)
+    return model
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 27).view(2, -1)).logits.float()
+
+
+def store(model: t.PreTrainedModel, folder: Path, how: Callable[[str], str] | None = None) -> Path:
+    """A model as transformers saves it, or by its own names, changed by `how`; transformers loads it as it was."""
+    model.save_pretrained(folder)
+    if how:
+        tied = model.all_tied_weights_keys or {}
+        tensors = {how(n): x.clone() for n, x in model.state_dict().items() if n not in tied}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    again, said = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not said["missing_keys"], said
+    assert torch.equal(logits(again), logits(model))
+    return folder
+
+
+def folded(base: Path, adapters: Iterable[Path], out: Path, **settings: Any) -> dict[str, Tensor]:
+    """What is stored in a fold that was read back and checked."""
+    merged = merge_adapters([load_adapter(a, f"a{i}", base=base) for i, a in enumerate(adapters)], **settings)
+    fold_checkpoint(base, merged, out, verify=True)
+    return stored(out)
+
+
+def check(model: t.PreTrainedModel, out: Path, live: PeftModel) -> None:
+    """What was folded has the logits of the base with its adapter, and nothing is missing in it."""
+    again, said = type(model).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not said["missing_keys"], said
+    want = logits(live)
+    assert apart(want, logits(model)) > 0.1
+    assert apart(logits(again), want, logits(model)) < 1e-4
+
+
+# --- models that also see or hear ------------------------------------------------------------------------
+
+LLAVA = {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"}
+VLMS: dict[str, tuple[Callable[[], t.PreTrainedModel], dict[str, str]]] = {
+    "llava": (
+        lambda: t.LlavaForConditionalGeneration(
+            t.LlavaConfig(
+                text_config=t.LlamaConfig(**TEXT), vision_config=t.CLIPVisionConfig(**VISION), image_token_index=90
+            )
+        ),
+        LLAVA,
+    ),
+    "gemma3": (
+        lambda: t.Gemma3ForConditionalGeneration(
+            t.Gemma3Config(
+                text_config={**TEXT, "head_dim": 8}, vision_config=VISION, image_token_index=90, mm_tokens_per_image=4
+            )
+        ),
+        LLAVA,
+    ),
+    "mistral3": (
+        lambda: t.Mistral3ForConditionalGeneration(
+            t.Mistral3Config(
+                text_config=t.MistralConfig(**TEXT),
+                vision_config=t.PixtralVisionConfig(**VISION),
+                image_token_index=90,
+            )
+        ),
+        LLAVA,
+    ),
+    "paligemma": (
+        lambda: t.PaliGemmaForConditionalGeneration(
+            t.PaliGemmaConfig(
+                text_config=t.GemmaConfig(**TEXT, head_dim=8),
+                vision_config=t.SiglipVisionConfig(**VISION, projection_dim=32),
+                image_token_index=90,
+                projection_dim=32,
+            )
+        ),
+        LLAVA,
+    ),
+    "internvl": (
+        lambda: t.InternVLForConditionalGeneration(
+            t.InternVLConfig(
+                text_config=t.Qwen2Config(**TEXT),
+                vision_config={**VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+                image_token_id=90,
+            )
+        ),
+        LLAVA,
+    ),
+    "smolvlm": (
+        lambda: t.SmolVLMForConditionalGeneration(
+            t.SmolVLMConfig(text_config=t.LlamaConfig(**TEXT), vision_config=VISION, image_token_id=90, scale_factor=2)
+        ),
+        {},
+    ),
+    "mllama": (
+        lambda: t.MllamaForConditionalGeneration(
+            t.MllamaConfig(
+                text_config={**TEXT, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default"}},
+                vision_config={
+                    "hidden_size": 16,
+                    "intermediate_size": 24,
+                    "num_hidden_layers": 1,
+                    "num_global_layers": 1,
+                    "attention_heads": 2,
+                    "image_size": 8,
+                    "patch_size": 4,
+                    "vision_output_dim": 32,
+                    "intermediate_layers_indices": [0],
+                    "max_num_tiles": 1,
+                    "supported_aspect_ratios": [[1, 1]],
+                },
+                image_token_index=90,
+            )
+        ),
+        LLAVA,
+    ),
+    "qwen2-audio": (
+        lambda: t.Qwen2AudioForConditionalGeneration(
+            t.Qwen2AudioConfig(
+                text_config=t.Qwen2Config(**TEXT),
+                audio_config={
+                    "d_model": 16,
+                    "encoder_layers": 1,
+                    "encoder_attention_heads": 2,
+                    "encoder_ffn_dim": 24,
+                    "num_mel_bins": 8,
+                    "max_source_positions": 8,
+                },
+                audio_token_index=90,
+            )
+        ),
+        LLAVA,
+    ),
+    "qwen2-vl": (
+        lambda: t.Qwen2VLForConditionalGeneration(
+            t.Qwen2VLConfig(
+                text_config={**TEXT, **MROPE},
+                vision_config={**PATCHES, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
+                **IMAGE,
+            )
+        ),
+        {"model.language_model.": "model."},
+    ),
+    "qwen2.5-vl": (
+        lambda: t.Qwen2_5_VLForConditionalGeneration(
+            t.Qwen2_5_VLConfig(
+                text_config={**TEXT, **MROPE},
+                vision_config={
+                    **PATCHES,
+                    "out_hidden_size": 32,
+                    "intermediate_size": 24,
+                    "fullatt_block_indexes": [0],
+                },
+                **IMAGE,
+            )
+        ),
+        {"model.language_model.": "model."},
+    ),
+    "qwen3-vl": (
+        lambda: t.Qwen3VLForConditionalGeneration(
+            t.Qwen3VLConfig(
+                text_config={**TEXT, **MROPE, "head_dim": 8},
+                vision_config={
+                    **PATCHES,
+                    "out_hidden_size": 32,
+                    "intermediate_size": 24,
+                    "num_position_embeddings": 16,
+                    "deepstack_visual_indexes": [0],
+                },
+                **IMAGE,
+            )
+        ),
+        {},
+    ),
+    "llama4": (
+        lambda: t.Llama4ForConditionalGeneration(
+            t.Llama4Config(
+                text_config={**TEXT, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+                vision_config={
+                    **VISION,
+                    "projector_input_dim": 16,
+                    "projector_output_dim": 16,
+                    "vision_output_dim": 16,
+                    "pixel_shuffle_ratio": 0.5,
+                },
+                image_token_index=90,
+            )
+        ),
+        {},
+    ),
+}
+TEXT_LAYERS = r".*(language_model|text_model).*\.(q_proj|v_proj|down_proj)"
+
+
+def renaming(changes: dict[str, str]) -> Callable[[str], str]:
+    """Names with the first fitting beginning changed, behind PEFT's prefix too."""
+
+    def how(name: str) -> str:
+        prefix = "base_model.model." if name.startswith("base_model.model.") else ""
+        rest = name.removeprefix(prefix)
+        for old, new in changes.items():
+            if rest.startswith(old):
+                return prefix + new + rest.removeprefix(old)
+        return name
+
+    return how
+
+
+@pytest.mark.parametrize("family", VLMS)
+def test_every_name_of_a_layer_of_a_vision_model_is_understood(family: str, tmp_path: Path) -> None:
+    """illuin-tech/colpali#424, unslothai/unsloth-zoo#158: transformers 4.52 renamed the layers of all these models."""
+    make, old = VLMS[family]
+    model = made(make)
+    bases = {"saved": store(model, tmp_path / "saved"), "current": store(model, tmp_path / "current", str)}
+    live = lora(model, tmp_path / "new", target_modules=TEXT_LAYERS)
+    adapters = [tmp_path / "new"]
+    texts = {f"model.{part}.": "model." for part in ("language_model", "text_model")}
+    for name, changes in (("old", old), ("text", {**texts, "language_model.model.": "model."})):
+        folder = Path(shutil.copytree(tmp_path / "new", tmp_path / name))
+        rename(folder, renaming(changes))
+        change_config(folder, target_modules=["q_proj", "v_proj", "down_proj"])
+        adapters.append(folder)
+    for kind, base in bases.items():
+        for adapter in adapters:
+            out = tmp_path / f"{kind} {adapter.name}"
+            assert folded(base, [adapter], out).keys() == stored(base).keys()
+            if adapter.name == "new":
+                check(model, out, live)
+                want = stored(out)
+            assert all(torch.equal(tensor, want[name]) for name, tensor in stored(out).items())
