@@ -115,7 +115,7 @@ def pack(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.adapters[0].base if isinstance(adapter, Merged) else adapter.base,
+        "base_model_name_or_path": next((a.base for a in _adapters(adapter) if a.base), None),
         "r": top,
         "lora_alpha": top,
         "rank_pattern": other,
@@ -176,10 +176,13 @@ def _origin(adapter: Adapter | Merged, module: str) -> Origin:
     return next(p.origin for p in parts if isinstance(p, Dense) and p.origin)
 
 
+def _adapters(adapter: Adapter | Merged) -> Sequence[Adapter]:
+    return adapter.adapters if isinstance(adapter, Merged) else [adapter]
+
+
 def _target_parameters(adapter: Adapter | Merged) -> list[str]:
     """As the adapters themselves have it: PEFT wants one list of all adapters of a model."""
-    adapters = adapter.adapters if isinstance(adapter, Merged) else [adapter]
-    said = {tuple(sorted(a.targets.get("target_parameters") or ())) for a in adapters}
+    said = {tuple(sorted(a.targets.get("target_parameters") or ())) for a in _adapters(adapter)}
     if len(said) == 1 and (one := said.pop()):
         return list(one)
     return [m for m, form in _forms(adapter).items() if form == "parameter"]

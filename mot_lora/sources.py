@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mot_lora.adapters import load_adapter
+from mot_lora.base_names import compare
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import PerModule
-from mot_lora.errors import UserError
+from mot_lora.errors import UserError, remark
 from mot_lora.lowrank import Adapter
 from mot_lora.merge import Method
 from mot_lora.merged import Merged, combine
@@ -79,18 +80,17 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def check_bases(adapters: Sequence[Adapter]) -> None:
-    """UserError for adapters that say they are of different bases; a 4-bit copy of a model is the model."""
-    said = {_base_name(a.base): a for a in adapters if a.base}
-    if len(said) > 1:
-        one, other, *_ = said.values()
-        raise UserError(
-            f"adapter `{one.name}` is of {one.base}, `{other.name}` of {other.base}; if these are the same weights, "
-            "say so with base= or --base"
-        )
+    """That adapters are of one base, as far as what they say of it and its folders tell.
 
-
-def _base_name(base: str) -> str:
-    name = Path(base).name.lower()
-    for suffix in ("-bnb-4bit", "-unsloth", "-4bit"):
-        name = name.removesuffix(suffix)
-    return name
+    Errors: UserError for two bases, and for folders of one name that may hold any model; a Remark where the name alone
+    says that it is one.
+    """
+    said_by = [(a.name, a.base) for a in adapters if a.base]
+    for name, base in said_by[1:]:
+        verdict = compare(said_by[0][1], base)
+        said = f"adapter `{said_by[0][0]}` is of {said_by[0][1]}, `{name}` of {base}"
+        if verdict == "by name":
+            remark(f"{said}: one base by its name alone; to be sure, name it with base= or --base")
+        elif verdict != "one":
+            why = ", which says nothing of the model in it" if verdict == "unknown" else ""
+            raise UserError(f"{said}{why}; if these are the same weights, say so with base= or --base")
