@@ -15,7 +15,7 @@ from mot_lora.columns import Message
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
 from mot_lora.records import Segment, TurnRecord
-from mot_lora.thought import opens_chain
+from mot_lora.thought import THINK, THINK_END, opens_chain
 from mot_lora.traces import Example, Trace
 from mot_lora.turn import (
     CLOSED,
@@ -229,6 +229,7 @@ def turn_record(tokenizer: PreTrainedTokenizerBase) -> TurnRecord:
         head=template.turn.head + template.turn.lead,
         end=template.turn.end,
         stops=(template.turn.stop, *listed),
+        chain=template.turn.chain,
         listed=template.turn.stop in template.ends,
         date=f"{DATE:%d %B %Y}" if dated(tokenizer.get_chat_template()) else None,
     )
@@ -244,10 +245,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Example:
     text, completion = prompt_text(tokenizer, trace.prompt), trace.completion
     if opens_chain(text):
         # the chain is open: what has none must first close it
-        whole = completion if "</think>" in completion else f"<think>\n\n</think>\n\n{completion}"
-        completion = whole.removeprefix("<think>").removeprefix("\n")
+        whole = completion if THINK_END in completion else f"{THINK}\n\n{THINK_END}\n\n{completion}"
+        completion = whole.removeprefix(THINK).removeprefix("\n")
     prompt = token_ids(tokenizer, text)
-    answer = _following(tokenizer, text, prompt, turn.lead + completion + turn.tail)
+    answer = _following(tokenizer, text, prompt, turn.written(completion))
     stop = cast("int", tokenizer.convert_tokens_to_ids(turn.stop))
     return Example.after((*prompt, *answer, stop), len(prompt))
 
@@ -271,15 +272,16 @@ def _following(tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int],
     return new[len(line) :] if new[: len(line)] == line else token_ids(tokenizer, answer)
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """What a student has written, without what heads and ends its turn and pads it.
+def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[int]) -> str:
+    """What a student has written after a prompt, without what heads and ends its turn and pads it.
 
-    Special tokens stay: <think> may be one, and is needed to find the answer.
+    A chain of thought that the prompt has opened begins with <think> here. Special tokens stay: marks of the chain may
+    be such, and are needed to find the answer.
     """
-    template, drop = Template.of(tokenizer), {*stop_ids(tokenizer), cast("int", tokenizer.pad_token_id)}
+    drop = {*stop_ids(tokenizer), cast("int", tokenizer.pad_token_id)}
     text = cast("str", tokenizer.decode([i for i in ids if i not in drop], skip_special_tokens=False))
-    words = text.removeprefix(template.turn.lead) if template.turn.lead.strip() else text
-    return _without_end(tokenizer, words)
+    words = Template.of(tokenizer).turn.read(_without_end(tokenizer, text))
+    return f"{THINK}\n{words}" if opens_chain(prompt) else words  # a chain that never ends is no answer
 
 
 def segments(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Segment, ...]:

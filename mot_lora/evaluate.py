@@ -21,7 +21,6 @@ from mot_lora.merge import seed_for
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.scoring import is_right, mean_score
-from mot_lora.thought import opens_chain
 from mot_lora.traces import Example, Question, batches
 
 LOSS_CHUNK = 1024
@@ -198,8 +197,7 @@ def generate(
         rows = min(at_once.most, len(left))
         with at_once.attempt(rows), torch.no_grad(), computing(base):
             for i, ids in write(base, [prompts[k] for k, _ in left], seeds, how, rows, told):
-                begun = "<think>\n" if opens_chain(texts[left[i][0]]) else ""  # a chain that never ends is no answer
-                found[left[i]] = begun + answer_text(tokenizer, [t for t in ids if t not in stops])
+                found[left[i]] = answer_text(tokenizer, texts[left[i][0]], [t for t in ids if t not in stops])
                 told(0)
     return [[found[k, sample] for sample in range(settings.samples)] for k in range(len(questions))]
 

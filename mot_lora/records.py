@@ -122,13 +122,14 @@ class Segment(Record):
 class TurnRecord(Record):
     """What the student's chat template writes around its words: `head` before them, `end` after, and where they stop.
 
-    listed: whether the tokenizer or the checkpoint names the turn's end as an end of generation; date: the day that the
-    template is told, where it writes one.
+    chain: what it writes around a chain of thought, where that is not <think>; listed: whether the tokenizer or the
+    checkpoint names the turn's end as an end of generation; date: the day that the template writes, if any.
     """
 
     head: str
     end: str
     stops: tuple[str, ...]
+    chain: tuple[str, str] | None = None
     listed: bool = True
     date: str | None = None
 
@@ -136,6 +137,8 @@ class TurnRecord(Record):
     def lines(self) -> list[str]:
         """What there is to say of it, a line each."""
         said = [f"the student's words stand between {self.head!r} and {self.end!r}, as its chat template has them"]
+        if self.chain:
+            said.append("its chain of thought stands between {!r} and {!r}".format(*self.chain))
         if not self.listed:
             said.append(
                 f"neither its tokenizer nor its checkpoint says that {self.stops[0]} ends an answer: it does here, and "

@@ -7,7 +7,7 @@ from datetime import date
 
 from mot_lora.columns import Message
 from mot_lora.errors import UserError
-from mot_lora.thought import opens_chain
+from mot_lora.thought import THINK, THINK_END, opens_chain
 
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, add_generation_prompt) -> text. Errors: UserError for a conversation that the template does not take."""
@@ -63,7 +63,9 @@ RENDERED = (
 # A generation prompt that ends so has the chain of thought closed before it began.
 CLOSED = re.compile(r"(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z")
 EMPTY_CHAIN = re.compile(r"(<think>\s*)?</think>\s*\Z")
-ASKED, ANSWERED, AGAIN, SYSTEM = "question-1-of-user", "answer-1-of-assistant", "question-2-of-user", "words-of-system"
+ASKED, ANSWERED, AGAIN = "question-1-of-user", "answer-1-of-assistant", "question-2-of-user"
+SYSTEM, REASONED = "words-of-system", "chain-of-thought-of-assistant"
+FIELDS = ("reasoning_content", "reasoning", "thinking")  # where templates look for a chain of thought
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Turn:
 
     The student reads the rendered prompt, and `header` where the template gives none to a prompt; it is trained to
     write `lead`, its words, `tail`, and the token `stop`. `user` is what stands before and after a question, `system`
-    before and after a system's words, `again` before a second question.
+    before and after a system's words, `again` before a second question; `chain` before and after a chain of thought,
+    where the template has other marks than <think> for it.
 
     >>> Turn.of(chatml, ends=["<|im_end|>"], marks=["<|im_start|>", "<|im_end|>"]).stop  # doctest: +SKIP
     '<|im_end|>'
@@ -85,6 +88,7 @@ class Turn:
     user: tuple[str, str] = ("", "")
     system: tuple[str, str] | None = None
     again: str = ""
+    chain: tuple[str, str] | None = None
 
     @classmethod
     def of(cls, render: Render, ends: Sequence[str], marks: Sequence[str]) -> "Turn":
@@ -96,6 +100,7 @@ class Turn:
         opened, said = render(first, True), _attempt(render, [{"role": "system", "content": SYSTEM}, *first], True)
         closed = _attempt(render, first, False)
         first.append({"role": "assistant", "content": ANSWERED})
+        reasons = [*first[:-1], first[-1] | dict.fromkeys(FIELDS, REASONED)]
         before, last = _around(_attempt(render, first, False), ANSWERED)
         earlier, after = _around(_attempt(render, [*first, {"role": "user", "content": AGAIN}], True), ANSWERED)
         before, middle = before or earlier, after.partition(AGAIN)[0]
@@ -113,6 +118,7 @@ class Turn:
             user=_around(opened + header, ASKED),
             system=(system[0], system[1].partition(ASKED)[0]) if said and SYSTEM in said else None,
             again=_bare(middle.removeprefix(tail).removeprefix(stop)),
+            chain=_chain(opened, _attempt(render, reasons, False) or "", stop),
         )
 
     @property
@@ -124,6 +130,45 @@ class Turn:
     def end(self) -> str:
         """What is trained after the student's words."""
         return self.tail + self.stop
+
+    def written(self, completion: str) -> str:
+        r"""A completion as the student is to write it, up to `stop`.
+
+        >>> turn = Turn("", "", "", "", chain=("<seed:think>", "</seed:think>"))
+        >>> turn.written("<think>\nso 2\n</think>\n\n2"), turn.written("2")
+        ('<seed:think>so 2</seed:think>2', '2')
+        """
+        begin, end = self.chain or (THINK, THINK_END)
+        thought = completion if THINK_END in completion or begin else f"{THINK}{THINK_END}{completion}"
+        if self.chain and thought.lstrip().startswith(THINK) and THINK_END in thought:
+            chain, _, answer = thought.lstrip().removeprefix(THINK).partition(THINK_END)
+            return begin + chain.strip() + end + answer.lstrip() + self.tail
+        return self.lead + completion + self.tail
+
+    def read(self, text: str) -> str:
+        r"""What the student has written as a completion, its chain in <think>; one that never ends stays open.
+
+        >>> Turn("", "", "", "", chain=("<seed:think>", "</seed:think>")).read("<seed:think>so 2</seed:think>2")
+        '<think>\nso 2\n</think>\n\n2'
+        """
+        if self.chain:
+            begin, end = (mark.strip() for mark in self.chain)
+            chain, ended, answer = text.strip().removeprefix(begin).partition(end)
+            if ended:
+                return f"{THINK}\n{chain.strip()}\n{THINK_END}\n\n{answer.lstrip()}"
+            if text.lstrip().startswith(begin):
+                return f"{THINK}\n{chain}"
+        return text.removeprefix(self.lead) if self.lead.strip() else text
+
+
+def _chain(opened: str, whole: str, stop: str) -> tuple[str, str] | None:
+    """What a template writes around a chain of thought, where it knows one and has no <think> for it."""
+    chain, found, answer = whole.removeprefix(opened).partition(REASONED)
+    end = answer.partition(ANSWERED)[0]
+    if not (found and end.strip() and whole.startswith(opened) and ANSWERED in answer):
+        return None
+    # what stops an answer cannot stand within it
+    return None if THINK in opened + chain or THINK_END in end or stop in end else (chain, end)
 
 
 def _attempt(render: Render, messages: Sequence[Message], answer: bool) -> str | None:

@@ -18,7 +18,9 @@ from mot_lora.chat import (
     stop_ids,
     token_ids,
 )
+from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
+from mot_lora.scoring import final_answer
 from mot_lora.traces import Trace
 
 
@@ -361,10 +363,10 @@ def test_a_chain_is_trained_whole_before_the_end(family: Family) -> None:
 def test_what_ends_a_turn_stops_an_answer_and_is_taken_off(family: Family) -> None:
     tok = made(family)
     for stop in stop_ids(tok):
-        assert answer_text(tok, [*token_ids(tok, "yes"), stop]) == "yes"
+        assert answer_text(tok, "", [*token_ids(tok, "yes"), stop]) == "yes"
     example = encode(tok, asked("q", "yes"))
     assert example.input_ids[-1] in stop_ids(tok)
-    answer = answer_text(tok, example.input_ids[example.prompt_length :])
+    answer = answer_text(tok, "", example.input_ids[example.prompt_length :])
     assert answer.removeprefix("\n</think>\n\n").strip() == "yes"
 
 
@@ -382,3 +384,90 @@ def test_a_prompt_that_is_rendered_already_is_not_rendered_twice(family: Family)
     rendered = prompt_text(tok, ({"role": "user", "content": "What is 2 + 3?"},))
     assert encode(tok, asked(rendered, "5")) == plain
     assert encode(tok, asked(rendered.removesuffix("\n"), "5")) == plain
+
+
+# --- a chain of thought in other marks -------------------------------------------------------------------
+
+SEED = (
+    "{% for m in messages %}<seed:bos>{{ m['role'] }}\n{% if m['role'] == 'assistant' and m['reasoning_content'] %}"
+    "<seed:think>{{ m['reasoning_content'] }}</seed:think>\n{% endif %}{{ m['content'] }}<seed:eos>{% endfor %}"
+    "{% if add_generation_prompt %}<seed:bos>assistant\n{% endif %}"
+)
+GEMMA4 = (
+    "{% for m in messages %}<|turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{% if m['reasoning'] %}"
+    "<|channel>thought\n{{ m['reasoning'] }}\n<channel|>{% endif %}{{ m['content'] }}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+)
+GPT_OSS = HARMONY.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m['thinking'] and loop.last %}<|start|>assistant<|channel|>analysis<|message|>"
+    "{{ m['thinking'] }}<|end|>{% endif %}",
+)
+OPENS = (  # Command A: the prompt begins the chain with a mark of its own
+    "{% for m in messages %}<|turn|>{{ m['role'] }}:{% if m['role'] == 'assistant' %}<|START_THINKING|>"
+    "{{ m['reasoning_content'] }}<|END_THINKING|><|START_RESPONSE|>{{ m['content'] }}<|END_RESPONSE|>{% else %}"
+    "{{ m['content'] }}{% endif %}<|END|>{% endfor %}{% if add_generation_prompt %}<|turn|>assistant:<|START_THINKING|>"
+    "{% endif %}"
+)
+CHAINS = {
+    "seed": (SEED, "<seed:eos>", "<seed:think>so</seed:think>\n2<seed:eos>", "2<seed:eos>"),
+    "gemma-4": (GEMMA4, "<turn|>", "<|channel>thought\nso\n<channel|>2<turn|>", "2<turn|>"),
+    "gpt-oss": (
+        GPT_OSS,
+        "<|return|>",
+        "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>2<|return|>",
+        "<|channel|>final<|message|>2<|return|>",
+    ),
+    "opens": (
+        OPENS,
+        "<|END|>",
+        "so<|END_THINKING|><|START_RESPONSE|>2<|END_RESPONSE|><|END|>",
+        "<|END_THINKING|><|START_RESPONSE|>2<|END_RESPONSE|><|END|>",
+    ),
+}
+
+
+@pytest.fixture(params=CHAINS)
+def chained(request: pytest.FixtureRequest) -> tuple[PreTrainedTokenizerBase, str, str]:
+    """A tokenizer, and what is trained of an answer with a chain and of one without."""
+    template, eos, *trained = CHAINS[request.param]
+    marks = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|turn|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"]
+    return tokenizer(None, template=template, eos=eos, extra=[*marks, eos]), *trained
+
+
+def test_a_chain_is_written_as_the_template_does(chained: tuple[PreTrainedTokenizerBase, str, str]) -> None:
+    tok, with_chain, without = chained
+    assert read(tok, asked("1 + 1?", "<think>\nso\n</think>\n\n2"))[1] == with_chain
+    assert read(tok, asked("1 + 1?", "2"))[1] == without
+
+
+def test_a_chain_is_read_as_the_template_writes_it(chained: tuple[PreTrainedTokenizerBase, str, str]) -> None:
+    tok, with_chain, without = chained
+    prompt = prompt_text(tok, ({"role": "user", "content": "1 + 1?"},))
+    assert answer_text(tok, prompt, token_ids(tok, with_chain)) == "<think>\nso\n</think>\n\n2"
+    assert final_answer(answer_text(tok, prompt, token_ids(tok, without))) == "2"
+    begun = with_chain.partition("so")[0] + "so, and so"
+    assert final_answer(answer_text(tok, prompt, token_ids(tok, begun))) is None
+
+
+def test_a_chain_within_which_the_answer_would_be_stopped_is_not_written() -> None:
+    template = SEED.replace("</seed:think>", "<seed:eos>")
+    tok = tokenizer(None, template=template, eos="<seed:eos>", extra=["<seed:eos>"])
+    assert Template.of(tok).turn.chain is None
+    assert read(tok, asked("1 + 1?", "<think>\nso\n</think>\n\n2"))[1] == "<think>\nso\n</think>\n\n2<seed:eos>"
+
+
+# --- templates that cannot be asked ----------------------------------------------------------------------
+
+
+def test_several_templates_without_a_default_are_one_line() -> None:
+    tok = tokenizer(None, template=None)
+    tok.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(UserError, match=r"several chat templates \(tool_use, rag\), and none of them is called"):
+        prompt_text(tok, ({"role": "user", "content": "q"},))
+
+
+def test_a_conversation_that_is_not_taken_names_its_roles() -> None:
+    tok = made(FAMILIES["gemma"])
+    with pytest.raises(UserError, match="does not take a conversation of user, user"):
+        prompt_text(tok, ({"role": "user", "content": "q"}, {"role": "user", "content": "q"}))
