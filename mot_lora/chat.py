@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from mot_lora.columns import Message
+from mot_lora.conversation import Message, tool_names
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
 from mot_lora.records import Segment, TurnRecord
@@ -139,6 +139,7 @@ def _render(
     *,
     parts: bool = False,
     thinking: bool = False,
+    tools: Sequence[Any] = (),
 ) -> str:
     from jinja2 import TemplateError
 
@@ -146,7 +147,12 @@ def _render(
     options: dict[str, Any] = {"enable_thinking": True, "thinking": True} if thinking else {}
     try:
         text = tokenizer.apply_chat_template(
-            cast("Any", said), chat_template=template, tokenize=False, add_generation_prompt=answer, **options
+            cast("Any", said),
+            tools=list(tools) or None,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=answer,
+            **options,
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
         roles = ", ".join(m["role"] for m in messages)
@@ -166,12 +172,13 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([*end_ids(tokenizer), stop]))
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str:
-    """The conversation as the student reads it, up to where its answer begins.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+    """The conversation as the student reads it, up to where its answer begins, with the tools that it offers.
 
     One that the student's own template has rendered already is taken as it is.
 
-    Errors: UserError for a conversation that the template does not take, and for one that another has rendered.
+    Errors: UserError for a conversation that the template does not take, for calls of tools and tools that it leaves
+    out, and for a conversation that another has rendered.
     """
     template = Template.of(tokenizer)
     messages = unmarked_prompt(tokenizer, prompt)
@@ -185,7 +192,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -
             f"its prompt is rendered by a chat template already, which is not the student's or has other messages "
             f"before it (it begins with {begin}); give what the user says alone"
         )
-    text = _render(tokenizer, template.text, messages, parts=template.parts, thinking=template.thinking)
+    text = _render(tokenizer, template.text, messages, parts=template.parts, thinking=template.thinking, tools=tools)
+    if left_out := next((name for name in tool_names(messages, tools) if name not in text), None):
+        raise UserError(f"the student's chat template leaves out the tool `{left_out}`: it has no place for tools")
     return text + template.turn.header
 
 
@@ -242,7 +251,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Example:
     what heads and ends the answer is as the template writes it (`Turn`).
     """
     trace, turn = unmarked(tokenizer, trace), Template.of(tokenizer).turn
-    text, completion = prompt_text(tokenizer, trace.prompt), trace.completion
+    text, completion = prompt_text(tokenizer, trace.prompt, trace.tools), trace.completion
     if opens_chain(text):
         # the chain is open: what has none must first close it
         whole = completion if THINK_END in completion else f"{THINK}\n\n{THINK_END}\n\n{completion}"

@@ -61,17 +61,32 @@ def for_module(setting: PerModule, module: str, default: float = 1.0) -> float:
     return default if key is None else setting[key]
 
 
-Role = Literal["messages", "question", "reasoning", "answer", "gold", "system", "input_ids", "labels"]
+Role = Literal[
+    "messages",
+    "question",
+    "reasoning",
+    "answer",
+    "gold",
+    "choices",
+    "context",
+    "system",
+    "tools",
+    "input_ids",
+    "labels",
+]
 
 
 class DataConfig(Settings):
     """How a source of rows is read: `split` and `subset` of a dataset, and what its columns mean, where their names do
-    not say it: `columns: {reasoning: my_column}`.
+    not say it: `columns: {reasoning: my_column}`, with dots what their cells hold: `{gold: reward_model.ground_truth}`.
+
+    A row that cannot be used is left out and counted, or it stops the work.
     """
 
     split: str | None = None
     subset: str | None = None
     columns: dict[Role, str] = {}
+    on_bad_row: Literal["skip", "stop"] = "skip"
 
 
 def _folder_name(name: str) -> str:
@@ -101,7 +116,9 @@ class TeacherConfig(DataConfig):
         if bool(self.data) == bool(self.union):
             raise ValueError(f"teacher `{self.name}` needs `data`, or a `union` of teachers, and not both")
         own = (self.samples, self.seed, self.split, self.subset)
-        if self.union and (any(x is not None for x in own) or self.verified_only or self.columns):
+        if self.union and (
+            any(x is not None for x in own) or self.verified_only or self.columns or self.on_bad_row != "skip"
+        ):
             raise ValueError(f"teacher `{self.name}` is a union: how rows are read is set for each of its teachers")
         return self
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from mot_lora.cells import has
 from mot_lora.chat import (
     AnotherTurnError,
     check_tokens,
@@ -22,7 +23,7 @@ from mot_lora.chat import (
     unmarked_prompt,
 )
 from mot_lora.config import Config, DataConfig, TeacherConfig
-from mot_lora.errors import UserError
+from mot_lora.errors import RowError, UserError
 from mot_lora.loss import IGNORE
 from mot_lora.merge import seed_for
 from mot_lora.overlap import Overlap, normalized
@@ -31,16 +32,16 @@ from mot_lora.records import DataRecord, TeacherDataRecord
 from mot_lora.rows import Row, read_rows
 from mot_lora.scoring import is_right
 from mot_lora.thought import chain_of
-from mot_lora.traces import Example, Question, Trace, read_question, read_trace
+from mot_lora.traces import ENDLESS, NO_RIGHT, Example, Question, Trace, read_question, read_traces
 
-# Why a row is left out, as people read it.
+# Why a row is left out, as people read it; what cannot be used at all is counted by the reason of its RowError.
 TWICE = "duplicate"
 SEEN = "in the evaluation"
-ENDLESS = "reasoning never ends"
 WRONG = "wrong answer"
 LONG = "too long"
 RUNS_ON = "goes on into another turn"
 NOT_DRAWN = "not drawn"
+UNTAKEN = "not taken by the student's template"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
     900
     """
     fingerprints: dict[str, str] = {}
-    asked, e = _read_questions(config, tokenizer, fingerprints), config.eval
+    bad, e = Bad(config.eval), config.eval
+    asked = _read_questions(config, tokenizer, fingerprints, bad)
     overlap = Overlap((q.question for questions in asked[:2] for q in questions), e.overlap)
 
     def draw_from(teacher: TeacherConfig) -> Drawn:
@@ -83,7 +85,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
     measured = {t.name: drawn[t.name] if t in config.teachers else draw_from(t) for t in e.traces or config.teachers}
     records: list[TeacherDataRecord] = []
     for teacher in config.teachers:
-        rows, left_out, kept, held = drawn[teacher.name]
+        rows, left_out, bad_rows, kept, held = drawn[teacher.name]
         _check(config, teacher, left_out, kept, held)
         lengths = [len(c.example) for c in kept]
         longest = max(kept, key=lambda c: len(c.example))
@@ -95,6 +97,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
                 used=len(kept),
                 held_out=len(held),
                 left_out=dict(left_out),
+                bad=bad_rows,
                 without_reasoning=sum(not c.reasons for c in kept),
                 marked=sum(c.marked for c in kept),
                 median_tokens=round(median(lengths)),
@@ -109,7 +112,13 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
         train={t.name: [c.example for c in drawn[t.name].kept] for t in config.teachers},
         held_out={name: [c.example for c in d.held] for name, d in measured.items()},
         questions=questions,
-        record=DataRecord(teachers=tuple(records), questions=len(questions), turn=turn_record(tokenizer)),
+        record=DataRecord(
+            teachers=tuple(records),
+            questions=len(questions),
+            left_out=dict(bad.counts),
+            bad=bad.first,
+            turn=turn_record(tokenizer),
+        ),
         fingerprints=fingerprints,
         validation=validation,
         forgetting=dict(zip(e.forgetting, forgetting, strict=True)),
@@ -118,10 +127,13 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, progress: Prog
 
 
 class Drawn(NamedTuple):
-    """A teacher's rows: how many there are, why some are left out, and the traces to train on and to measure."""
+    """A teacher's rows: how many there are, why some are left out, the first that cannot be used for each reason, and
+    the traces to train on and to measure.
+    """
 
     rows: int
     left_out: Counter[str]
+    bad: dict[str, str]
     kept: list["Chosen"]
     held: list["Chosen"]
 
@@ -134,29 +146,61 @@ def _draw(
     fingerprints: dict[str, str],
     progress: Progress,
 ) -> Drawn:
-    rows, left_out, chosen = 0, Counter[str](), list[Chosen]()
+    rows, left_out, first, chosen = 0, Counter[str](), dict[str, str](), list[Chosen]()
     for member in teacher.members:
-        found = [row for source in member.sources for row in _read(member, source, fingerprints)]
         choice = Choice(member, tokenizer, overlap, config.branch.max_length)
-        chosen += choice.choose(found, config.seed, progress)
-        rows, left_out = rows + len(found), left_out + choice.left_out
-    return Drawn(rows, left_out, *hold_out(chosen, config.eval.holdout, config.seed))
+        traces = [t for source in member.sources for t in choice.read(_read(member, source, fingerprints, choice.bad))]
+        picked = choice.pick(traces, config.seed, progress)
+        rows, left_out = rows + len(picked) + choice.left_out.total(), left_out + choice.left_out
+        chosen += picked
+        first = {**choice.bad.first, **first}
+    return Drawn(rows, left_out, first, *hold_out(chosen, config.eval.holdout, config.seed))
+
+
+class Bad:
+    """Rows that cannot be used: how many for each reason, and what is wrong with the first of them."""
+
+    def __init__(self, settings: DataConfig) -> None:
+        self.stop = settings.on_bad_row == "stop"
+        self.counts = Counter[str]()
+        self.first: dict[str, str] = {}
+
+    def add(self, error: RowError) -> None:
+        """Errors: the error itself, where bad rows stop the work."""
+        if self.stop:
+            raise error
+        self.counts[error.reason] += 1
+        self.first.setdefault(error.reason, str(error))
+
+
+def _all_bad(errors: Sequence[RowError]) -> UserError:
+    """What to say of rows of which none can be used."""
+    reasons = ", ".join(f"{n} {why}" for why, n in Counter(e.reason for e in errors).items())
+    return UserError(f"{errors[0]}" + (f" (none of {len(errors)} rows can be used: {reasons})" if errors[1:] else ""))
 
 
 def _read_questions(
-    config: Config, tokenizer: PreTrainedTokenizerBase, fingerprints: dict[str, str]
+    config: Config, tokenizer: PreTrainedTokenizerBase, fingerprints: dict[str, str], bad: Bad
 ) -> list[list[Question]]:
     """The questions of the evaluation, those for finding weights, and each set to watch for what is forgotten."""
     e = config.eval
     plain = DataConfig()
     sets = [(e, e.data), (plain, e.validation), *((plain, source) for source in e.forgetting.values())]
-    asked = [
-        [
-            _asked(tokenizer, read_question(row, where, how.columns), where)
-            for where, row in (_read(how, source, fingerprints) if source else [])
-        ]
-        for how, source in sets
-    ]
+
+    def read(how: DataConfig, source: str) -> list[Question]:
+        found: list[Question] = []
+        errors: list[RowError] = []
+        for where, row in _read(how, source, fingerprints, bad):
+            try:
+                found.append(_asked(tokenizer, read_question(row, where, how.columns), where))
+            except RowError as error:
+                bad.add(error)
+                errors.append(error)
+        if not found:
+            raise _all_bad(errors)
+        return found
+
+    asked = [read(how, source) if source else [] for how, source in sets]
     both = {normalized(q.question) for q in asked[0]} & {normalized(q.question) for q in asked[1]}
     if both:
         raise UserError(
@@ -170,10 +214,12 @@ def _asked(tokenizer: PreTrainedTokenizerBase, question: Question, where: str) -
     """A question as it can be asked: in the words of the user alone, where it holds the template's marks already."""
     try:
         prompt = unmarked_prompt(tokenizer, [{"role": "user", "content": question.question}])
-        check_tokens(tokenizer, token_ids(tokenizer, prompt_text(tokenizer, prompt)))
+        if len(prompt) == 1:
+            question = replace(question, question=prompt[0]["content"])
+        check_tokens(tokenizer, token_ids(tokenizer, prompt_text(tokenizer, question.prompt)))
     except UserError as e:
-        raise UserError(f"{where}: {e}") from e
-    return replace(question, question=prompt[0]["content"]) if len(prompt) == 1 else question
+        raise RowError(where, str(e), UNTAKEN) from e
+    return question
 
 
 @dataclass(frozen=True)
@@ -200,27 +246,61 @@ class Choice:
         self.tokenizer = tokenizer
         self.overlap = overlap
         self.max_length = max_length
-        self.left_out = Counter[str]()
+        self.bad = Bad(teacher)
+        self.reasons = Counter[str]()
         self.seen = set[tuple[str, str]]()
 
+    @property
+    def left_out(self) -> Counter[str]:
+        """How many rows are left out, by reason."""
+        return self.reasons + self.bad.counts
+
+    def read(self, rows: list[Row]) -> list[tuple[str, Trace | Example]]:
+        """The traces of a source's rows. Errors: UserError where not one row can be used."""
+        traces: list[tuple[str, Trace | Example]] = []
+        errors: list[RowError] = []
+        for where, row in rows:
+            for place, found in read_traces(row, where, self.teacher.columns):
+                if isinstance(found, RowError):
+                    self.bad.add(found)
+                    errors.append(found)
+                elif isinstance(found, str):
+                    self.reasons[found] += 1
+                else:
+                    traces.append((place, found))
+        if errors and not traces:
+            raise _all_bad(errors)
+        return traces
+
     def choose(self, rows: list[Row], seed: int, progress: Progress = silent) -> list[Chosen]:
-        """The rows that are used, in their order; of `samples` drawn by the seed, each one that can be used counts."""
-        traces = [(where, read_trace(row, where, self.teacher.columns)) for where, row in rows]
+        """The rows of one source that are used."""
+        return self.pick(self.read(rows), seed, progress)
+
+    def pick(self, traces: list[tuple[str, Trace | Example]], seed: int, progress: Progress = silent) -> list[Chosen]:
+        """The traces that are used, in their order; of `samples` drawn by the seed, each that can be used counts."""
         order = list(range(len(traces)))
+        errors: list[RowError] = []
         if self.teacher.samples is not None:
             order = draw([t for _, t in traces], seed if self.teacher.seed is None else self.teacher.seed)
         chosen: dict[int, Chosen] = {}
         for done, i in enumerate(order):
             if len(chosen) == self.teacher.samples:
-                self.left_out[NOT_DRAWN] = len(order) - done
+                self.reasons[NOT_DRAWN] = len(order) - done
                 break
-            result = self.consider(*traces[i])
+            try:
+                result = self.consider(*traces[i])
+            except RowError as e:
+                self.bad.add(e)
+                errors.append(e)
+                continue
             if isinstance(result, Chosen):
                 chosen[i] = result
             else:
-                self.left_out[result] += 1
+                self.reasons[result] += 1
             if done % 100 == 99:
                 progress(f"read {self.teacher.name}", done + 1, len(order))
+        if errors and len(errors) == len(traces):
+            raise _all_bad(errors)
         return [chosen[i] for i in sorted(chosen)]
 
     def consider(self, where: str, trace: Trace | Example) -> Chosen | str:
@@ -231,8 +311,9 @@ class Choice:
         except AnotherTurnError:
             return RUNS_ON
         except UserError as e:
-            raise UserError(f"{where}: {e}") from e
-        key = (normalized("\n".join(m["content"] for m in trace.prompt)), trace.completion.strip())
+            raise RowError(where, str(e), UNTAKEN) from e
+        said = "\n".join(m["content"] + str(m.get("tool_calls", "")) for m in trace.prompt)
+        key = (normalized(said), trace.completion.strip())
         if key in self.seen:
             return TWICE
         self.seen.add(key)
@@ -245,16 +326,18 @@ class Choice:
             example = example or encode(self.tokenizer, trace)
             check_tokens(self.tokenizer, example.input_ids)
         except UserError as e:
-            raise UserError(f"{where}: {e}") from e
+            raise RowError(where, str(e), UNTAKEN) from e
         if len(example) > self.max_length:
             return LONG
         if self.teacher.verified_only:
             if trace.gold is None:
-                raise UserError(
-                    f"{where}: `verified_only` needs the right answer beside the teacher's; name its column, e.g. "
-                    "columns: {gold: expected_answer}"
+                raise RowError(
+                    where,
+                    "`verified_only` needs the right answer beside the teacher's; name its column, e.g. "
+                    "columns: {gold: expected_answer}",
+                    NO_RIGHT,
                 )
-            if not is_right(trace.completion, trace.gold):
+            if not any(is_right(trace.completion, right) for right in trace.right_answers):
                 return WRONG
         return Chosen(where, example, trace.question, bool(chain), trace != found)
 
@@ -306,12 +389,15 @@ def fingerprint(rows: Iterable[Row]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(settings: DataConfig, source: str, fingerprints: dict[str, str]) -> list[Row]:
-    rows = read_rows(source, settings.split, settings.subset)
+def _read(settings: DataConfig, source: str, fingerprints: dict[str, str], bad: Bad) -> list[Row]:
+    spoiled: list[RowError] = []
+    rows = read_rows(source, settings.split, settings.subset, spoiled)
+    for error in spoiled:
+        bad.add(error)
     for role, column in settings.columns.items():
-        if not any(column in row for _, row in rows):
-            has = ", ".join(dict.fromkeys(str(name) for _, row in rows for name in row))
-            raise UserError(f"{source}: `columns` takes {role} from `{column}`, but it has {has}")
+        if not any(has(row, column) for _, row in rows):
+            names = ", ".join(dict.fromkeys(str(name) for _, row in rows for name in row))
+            raise UserError(f"{source}: `columns` takes {role} from `{column}`, but it has {names}")
     fingerprints[" ".join(x for x in (source, settings.subset, settings.split) if x)] = fingerprint(rows)
     return rows
 

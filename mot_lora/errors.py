@@ -34,6 +34,19 @@ def remark(*lines: str) -> None:
         warnings.warn(Remark(line), stacklevel=3)
 
 
+class RowError(UserError):
+    """A row that cannot be used: where it stands and what is wrong, and the reason by which such rows are counted.
+
+    >>> error = RowError("a.jsonl:3", "nothing in `response`", "without an answer")
+    >>> str(error), error.reason
+    ('a.jsonl:3: nothing in `response`', 'without an answer')
+    """
+
+    def __init__(self, where: str, message: str, reason: str) -> None:
+        super().__init__(f"{where}: {message}")
+        self.reason = reason
+
+
 class DivergedError(UserError):
     """Training that went astray: a loss or weights that are not finite, or a loss worse than guessing."""
 

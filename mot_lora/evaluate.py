@@ -107,7 +107,8 @@ def evaluate(
             question=q.question,
             answer=q.answer,
             texts=tuple(samples),
-            score=sum(is_right(t, q.answer) for t in samples) / len(samples),
+            also=q.also,
+            score=sum(any(is_right(t, right) for right in q.right_answers) for t in samples) / len(samples),
         )
         for q, samples in zip(questions, texts, strict=True)
     ]
@@ -178,7 +179,7 @@ def generate(
     write, note = partial(decode.decode, tokens=tokens), ""
     if not decodes(base):
         write, note = partial(decode.generate, pad=pad), f"{type(base).__name__}: by transformers' generate"
-    texts = [prompt_text(tokenizer, [{"role": "user", "content": q.question}]) for q in questions]
+    texts = [prompt_text(tokenizer, q.prompt) for q in questions]
     prompts = [token_ids(tokenizer, text) for text in texts]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
     asked = [(k, sample) for k in order for sample in range(settings.samples)]

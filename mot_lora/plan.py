@@ -19,7 +19,8 @@ class PlanRecord(Record):
 
     `tokens` has the longest trace that is planned for, `longest` the longest that fits, with these settings. `seconds`
     are of all training, at half of what the card's maker says of it, and `losing` of all held-out losses; `answering`
-    of all answers, where each is as long as it may be. `change` has the settings with which it would fit.
+    of all answers, where each is as long as it may be. `change` has the settings with which it would fit, `remarks`
+    what is to be known of the data.
     """
 
     student: str
@@ -37,6 +38,7 @@ class PlanRecord(Record):
     losing: float | None = None
     answering: float | None = None
     change: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def plan(

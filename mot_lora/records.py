@@ -54,10 +54,14 @@ class EvaluationRecord(Record):
 
 
 class Answer(Record):
-    """What the student answered to one question: the texts of its samples, and the share of them that is right."""
+    """What the student answered to one question: the texts of its samples, and the share of them that is right.
+
+    `answer` is the right one, and `also` what else is.
+    """
 
     question: str
     answer: str
+    also: tuple[str, ...] = ()
     texts: tuple[str, ...]
     score: float
 
@@ -154,17 +158,18 @@ class TurnRecord(Record):
 class TeacherDataRecord(Record):
     """What became of one teacher's rows.
 
-    `used` are trained on, `held_out` only measured, `left_out` has the count for each reason; `without_reasoning` of
-    the used traces go straight to the answer, `marked` of them held marks of a chat template, which were taken off.
-    Tokens are of the used traces. `sample` is one of them, decoded.
+    `used` are trained on, `held_out` only measured, `left_out` has the count for each reason, and `bad` the first row
+    that could not be used for it; `without_reasoning` of the used traces go straight to the answer, `marked` of them
+    held marks of a chat template, which were taken off. Tokens are of the used traces. `sample` is one of them, decoded.
     """
 
     teacher: str
-    sources: tuple[str, ...]
-    rows: int
-    used: int
-    held_out: int
+    sources: tuple[str, ...] = ()
+    rows: int = 0
+    used: int = 0
+    held_out: int = 0
     left_out: dict[str, int] = {}
+    bad: dict[str, str] = {}
     without_reasoning: int = 0
     marked: int = 0
     median_tokens: int = 0
@@ -175,19 +180,31 @@ class TeacherDataRecord(Record):
 
 
 class DataRecord(Record):
-    """What a run reads: each teacher's traces, how many questions the student is asked, and how its turn is written."""
+    """What a run reads: each teacher's traces, how many questions the student is asked, and how its turn is written.
+
+    Questions that could not be used are counted by reason in `left_out`, and `bad` has the first of each.
+    """
 
     teachers: tuple[TeacherDataRecord, ...]
     questions: int = 0
+    left_out: dict[str, int] = {}
+    bad: dict[str, str] = {}
     turn: TurnRecord | None = None
 
     @property
     def remarks(self) -> list[str]:
-        """What there is to say of the template, and of traces that held its marks."""
+        """What there is to say of the template, of traces that held its marks, of rows that could not be used, and of
+        teachers who never reason.
+        """
         marked = [(t.marked, t.teacher) for t in self.teachers if t.marked]
+        bad = [(t.teacher, t.left_out[why], why, first) for t in self.teachers for why, first in t.bad.items()]
+        bad += [("questions", self.left_out[why], why, first) for why, first in self.bad.items()]
+        silent = [t.teacher for t in self.teachers if t.used and t.without_reasoning == t.used]
         return [
             *(self.turn.lines if self.turn else []),
             *(f"{n:,} traces of {who} held marks of a chat template: they were taken off" for n, who in marked),
+            *(f"{who}: {n:,} left out {why}; the first: {first}" for who, n, why, first in bad),
+            *(f"{who}: no trace has a chain of thought in marks that are known: all are answer only" for who in silent),
         ]
 
 

@@ -144,7 +144,8 @@ def preview(
         data = load_data(config, load_tokenizer(checkpoint.path, config.trust_remote_code), progress)
     except UserError as e:
         unread = str(e)
-    return plan(config, json.dumps(checkpoint.config), on, Work.of(data) if data else None), unread
+    record = plan(config, json.dumps(checkpoint.config), on, Work.of(data) if data else None)
+    return record.model_copy(update={"remarks": data.record.remarks if data else ()}), unread
 
 
 def stages(config: Config) -> list[str]:

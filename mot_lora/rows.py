@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any, cast
 
 from mot_lora.columns import MESSAGES
-from mot_lora.errors import UserError
+from mot_lora.errors import RowError, UserError
 from mot_lora.reader import GYM
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands (file and line), and its values by column."""
 
 
-def read_rows(source: str | Path, split: str | None = None, subset: str | None = None) -> list[Row]:
+def read_rows(
+    source: str | Path, split: str | None = None, subset: str | None = None, bad: list[RowError] | None = None
+) -> list[Row]:
     """All rows of a file, a folder or a Hub dataset; what a file holds is told by its name.
 
     Files: .jsonl, .json (a list of objects, or lines), .csv, .tsv, each also with .gz, and .parquet. A folder is one of
     `save_to_disk`, or of data files. `split` and `subset` choose within a dataset; the split is `train` unless given.
     `reasoning_gym:TASK` or `reasoning_gym:TASK:50` are generated problems, a hundred unless told, always the same.
 
-    Errors: UserError, which names the file, and the line where there is one.
+    Errors: UserError, which names the file, and the line where there is one. What is no row goes into `bad` instead,
+    where that is given and the file has others.
 
     >>> read_rows("owner/name", split="train[:100]")  # doctest: +SKIP
     """
@@ -40,7 +43,12 @@ def read_rows(source: str | Path, split: str | None = None, subset: str | None =
     if is_file:
         if split or subset:
             raise UserError(f"{source}: a file has no `split` or `subset`; leave them out")
-        rows = list(_read_file(path))
+        found = list(_read_file(path))
+        rows, spoiled = [r for r in found if isinstance(r, tuple)], [r for r in found if isinstance(r, RowError)]
+        if spoiled and (bad is None or not rows):
+            raise spoiled[0]
+        if bad is not None:
+            bad += spoiled
     elif is_folder or not (path.is_absolute() or has_known_suffix(path)):
         rows = _read_dataset(str(source), split, subset)
     else:
@@ -63,7 +71,7 @@ def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path) -> Iterator[Row | RowError]:
     if not has_known_suffix(path):
         raise UserError(f"{path}: not a data file by its name; {HINT}")
     try:
@@ -80,14 +88,28 @@ def _text(path: Path) -> str:
     return (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
 
 
-def _lines(path: Path) -> Iterator[Row]:
+def _lines(path: Path) -> Iterator[Row | RowError]:
     # "\n" alone ends a row: str.splitlines would also cut at signs that JSON allows within a text
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    *lines, last = _text(path).split("\n")
+    for number, line in enumerate((*lines, last), 1):
         if line.strip():
-            yield _object(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+            yield _line(line, f"{path}:{number}", cut=number > len(lines) > 0)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _line(text: str, where: str, cut: bool) -> Row | RowError:
+    """One line of a file, which may be cut: without an end."""
+    try:
+        return _object(json.loads(text), where)
+    except json.JSONDecodeError as e:
+        message = f"not JSON ({e.msg} at character {e.colno})"
+        if cut and (e.pos >= len(text.rstrip()) or e.msg.startswith("Unterminated")):
+            raise UserError(f"{where}: {message}; the file ends within this row: was it cut short?") from e
+    except (ValueError, RecursionError) as e:
+        message = f"not JSON that can be read ({e})"
+    return RowError(where, message, "not JSON")
+
+
+def _json(path: Path) -> Iterator[Row | RowError]:
     text = _text(path)
     try:
         whole = json.loads(text)
@@ -108,22 +130,13 @@ def _json(path: Path) -> Iterator[Row]:
         yield _object(value, f"{path}[{number}]")
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON ({e.msg} at character {e.colno})") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not JSON that can be read ({e})") from e
+def _object(value: Any, where: str) -> Row | RowError:
+    if isinstance(value, dict):
+        return where, cast("dict[str, Any]", value)
+    return RowError(where, f"a row must be an object like {EXAMPLE}", "not an object")
 
 
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: a row must be an object like {EXAMPLE}")
-    return where, cast("dict[str, Any]", value)
-
-
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[Row | RowError]:
     csv.field_size_limit(2**31 - 1)  # a trace is longer than the 128 KiB that a cell may hold by default
     dialect = "excel-tab" if _suffix(path) == ".tsv" else "excel"
     # only what the format calls a line's end: str.splitlines would also cut at signs that a cell may hold
@@ -135,8 +148,9 @@ def _csv(path: Path) -> Iterator[Row]:
         for values in reader:
             where = f"{path}:{reader.line_num}"
             if None in values:
-                raise UserError(f"{where}: has more cells than the header has names")
-            yield where, {key: value or None for key, value in values.items()}
+                yield RowError(where, "has more cells than the header has names", "with too many cells")
+            else:
+                yield where, {key: value or None for key, value in values.items()}
     except csv.Error as e:
         raise UserError(f"{path}:{reader.reader.line_num}: not CSV ({e})") from e
 
@@ -194,7 +208,7 @@ def _first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row | RowError]]] = {
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _json,

@@ -205,7 +205,7 @@ def plan_tables(record: "PlanRecord") -> list[RenderableType]:
         work.add_row(Text(t.teacher), traces, *(f"{n:,}" for n in (t.longest, t.steps, t.tokens)), seconds)
     for column in (*out.columns[2:], *work.columns[1:]):
         column.justify = "right"
-    return [out, work, Text(plan_line(record))]
+    return [out, work, *map(Text, record.remarks), Text(plan_line(record))]
 
 
 def plan_line(record: "PlanRecord") -> str:

@@ -2,28 +2,52 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from mot_lora.columns import GOLD, MESSAGES, QUESTION, REASONING, RESPONSE, RIGHT, WRITTEN, Cell, Cells, Message
-from mot_lora.errors import UserError
+from mot_lora.cells import as_list, as_object, is_empty, kind
+from mot_lora.choices import Choices
+from mot_lora.columns import (
+    COMPLETE,
+    CORRECT,
+    GOLD,
+    MESSAGES,
+    NO_QUESTION,
+    NO_RESPONSE,
+    NO_RIGHT,
+    QUESTION,
+    RESPONSE,
+    RIGHT,
+    WRITTEN,
+    Cell,
+    Cells,
+    right_answers,
+)
+from mot_lora.conversation import CALLING, ORDER, Message, text_of
+from mot_lora.errors import RowError
 from mot_lora.loss import IGNORE
-from mot_lora.thought import think
+from mot_lora.thought import calls_tool, think
 
 
 @dataclass(frozen=True)
 class Trace:
     """One worked problem: the conversation up to the answer, the answer with its chain of thought, and the right
-    answer where the row has one beside it.
+    answer where the row has one beside it, with what else is right, and the tools that it offers.
     """
 
     prompt: tuple[Message, ...]
     completion: str
     gold: str | None = None
+    also: tuple[str, ...] = ()
+    tools: tuple[Any, ...] = ()
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        return () if self.gold is None else (self.gold, *self.also)
 
     @property
     def question(self) -> str:
         """The last thing the user said."""
-        return self.prompt[-1]["content"]
+        return next((m["content"] for m in reversed(self.prompt) if m["role"] == "user"), "")
 
 
 @dataclass(frozen=True)
@@ -69,20 +93,31 @@ def batches(lengths: Sequence[int], most: int | None, tokens: int | None) -> Ite
 
 @dataclass(frozen=True)
 class Question:
-    """A problem to answer and the right answer."""
+    """A problem to answer and the right answer, with what else is right and what is said before the problem."""
 
     question: str
     answer: str
+    also: tuple[str, ...] = ()
+    before: tuple[Message, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        return (*self.before, {"role": "user", "content": self.question})
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        return (self.answer, *self.also)
 
 
 def read_trace(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | None = None) -> Trace | Example:
     r"""One row as a trace: `messages`, `conversations`, a question with its answer, or token ids with their labels.
 
     The completion is "<think>\n{reasoning}\n</think>\n\n{answer}"; a chain that the answer already has is left as it
-    is, and without one the answer stands alone. `columns` names columns by what they mean: messages, question,
-    reasoning, answer (the teacher's), gold (the right one), system, input_ids, labels.
+    is, and without one the answer stands alone. Options and context are part of the question. `columns` names columns,
+    or with dots what their cells hold, by what they mean: messages, question, reasoning, answer (the teacher's), gold
+    (the right one), choices, context, system, tools, input_ids, labels.
 
-    Errors: UserError, which begins with `where`.
+    Errors: RowError, which begins with `where`.
 
     >>> read_trace({"problem": "1 + 1?", "thinking": "1 + 1 = 2", "solution": "2"}, "row 1").completion
     '<think>\n1 + 1 = 2\n</think>\n\n2'
@@ -90,74 +125,120 @@ def read_trace(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | 
     cells = Cells(row, where, columns or {})
     if "input_ids" in cells.columns or (cells.find("input_ids", ("input_ids",)) and not {*cells.columns} & {*TEXTS}):
         return _example(cells)
-    gold = cells.find("gold", GOLD)
+    cells.refuse_more_than_text()
     if messages := cells.find("messages", MESSAGES):
-        turns = cells.messages(messages)
-        right = gold or cells.first("gold", RIGHT)
-        return _trace(turns[:-1], turns[-1]["content"], right)
-    question = cells.find("question", QUESTION)
-    answer = cells.find("answer", RESPONSE)
-    written = answer or cells.first("answer", WRITTEN)
-    if not question or not written:
-        raise cells.lacks("answer (completion, response, ...)" if question else "question", "messages")
-    right = gold or cells.first("gold", [c for c in RIGHT if c != written[0]] if answer is None else RIGHT)
-    prompt = cells.prompt(question)
-    reasoning = cells.find("reasoning", REASONING)
-    text = cells.completion(written)
-    chain = cells.text(reasoning) if reasoning else ""
-    return _trace(prompt, think(chain, text), right)
+        choices = cells.choices()
+        *prompt, last = cells.messages(messages, choices)
+        return _trace(cells, tuple(prompt), last["content"], cells.gold(), choices)
+    question, written = cells.question(), cells.written()
+    if not question:
+        raise cells.lacks("question", (*QUESTION, *MESSAGES), ("question", "messages"), NO_QUESTION)
+    if not written:
+        wanted = ("answer (completion, response, ...)", "messages")
+        raise cells.lacks("answer", (*RESPONSE, *WRITTEN), wanted, NO_RESPONSE)
+    own = cells.columns.get("answer") or cells.names[written[0]]
+    choices = cells.choices(own)
+    reasoning = cells.reasoning()
+    text, chain = cells.completion(written), _chain(cells, reasoning) if reasoning else ""
+    if choices and isinstance(written[1], int) and (place := choices.place(written[1], where)) is not None:
+        text = choices.labels[place]
+    return _trace(cells, cells.prompt(question, choices), think(chain, text), cells.gold(own), choices)
+
+
+def read_traces(
+    row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | None = None
+) -> list[tuple[str, Trace | Example | str | RowError]]:
+    """A row's traces, one for each generation that it lists, and where each stands; or why one is not to be used.
+
+    A reason is a text where the row itself says that a generation is wrong or never ends, as open-r1's do.
+
+    >>> row = {"problem": "1 + 1?", "generations": ["2", "3"], "correctness_math_verify": [True, False]}
+    >>> [found if isinstance(found, str) else found.completion for _, found in read_traces(row, "row 1")]
+    ['2', 'marked as wrong']
+    """
+    try:
+        several = Cells(row, where, columns or {}).generations()
+    except RowError as e:
+        return [(where, e)]
+    found: list[tuple[str, Trace | Example | str | RowError]] = []
+    for place, one in several:
+        try:
+            found.append((place, (len(several) > 1 and _verdict(one)) or read_trace(one, place, columns)))
+        except RowError as e:
+            found.append((place, e))
+    return found
 
 
 def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | None = None) -> Question:
     """One row as a question of an evaluation, with the right answer; columns as in `read_trace`.
 
-    Errors: UserError, which begins with `where`.
+    Errors: RowError, which begins with `where`.
 
     >>> read_question({"problem": "1 + 1?", "solution": "One more than one. #### 2"}, "row 1").answer
     '2'
     """
     cells = Cells(row, where, columns or {})
-    question = cells.find("question", QUESTION) or cells.find("messages", MESSAGES)
-    if columns and "answer" in columns and "gold" not in columns:
-        gold = cells.find("answer", ())
-    else:
-        gold = cells.find("gold", GOLD) or cells.first("gold", RIGHT) or cells.find("answer", RESPONSE)
-    if not question or not gold:
-        raise cells.lacks("answer (solution, gold, ...)" if question else "question")
-    prompt = [m for m in cells.prompt(question) if m["role"] == "user"]
-    if len(prompt) != 1:
-        raise UserError(f"{where}: `{question[0]}` must ask one thing, not hold {len(prompt)} turns of a user")
-    if not (right := final_part(cells.text(gold))):
-        raise UserError(f"{where}: `{gold[0]}` has nothing after ####")
-    return Question(prompt[0]["content"], right)
+    cells.refuse_more_than_text()
+    question = cells.question() or cells.find("messages", MESSAGES)
+    if not question:
+        raise cells.lacks("question", (*QUESTION, *MESSAGES), ("question",), NO_QUESTION)
+    if "answer" in cells.columns and "gold" not in cells.columns:
+        named = {("gold" if role == "answer" else role): column for role, column in cells.columns.items()}
+        cells = Cells(row, where, named)
+    choices = cells.choices()
+    if choices and choices.right is None:
+        raise cells.error("nothing says which of its options is right", NO_RIGHT)
+    gold = cells.gold() or cells.find("answer", RESPONSE)
+    answers = choices.answers if choices else right_answers(gold[1]) if gold else ()
+    if not (right := tuple(dict.fromkeys(answers))):
+        if gold and not is_empty(gold[1]):
+            said = "has nothing after ####" if "####" in str(gold[1]) else f"holds no right answer: {kind(gold[1])}"
+            raise cells.error(f"`{gold[0]}` {said}", NO_RIGHT)
+        raise cells.lacks("gold", (*GOLD, *RIGHT), ("answer (solution, gold, ...)",), NO_RIGHT)
+    prompt = cells.prompt(question, choices)
+    *before, asked = prompt
+    if any(m["role"] != "system" for m in before):
+        asks = sum(m["role"] == "user" for m in prompt)
+        raise cells.error(f"`{question[0]}` must ask one thing, not hold {asks} turns of a user", ORDER)
+    return Question(asked["content"], right[0], right[1:], tuple(before))
 
 
 TEXTS = ("messages", "question")  # who names one of these in `columns` wants no token ids
+WRONG = "marked as wrong"
+ENDLESS = "reasoning never ends"
 
 
-def final_part(answer: str) -> str:
-    """What stands after ####, with which GSM8K and its like set off the right answer; else all of it."""
-    return answer.rpartition("####")[2].strip()
-
-
-def _trace(prompt: tuple[Message, ...], completion: str, right: Cell | None) -> Trace:
+def _trace(
+    cells: Cells, prompt: tuple[Message, ...], completion: str, right: Cell | None, choices: Choices | None
+) -> Trace:
+    if calls_tool(completion):
+        raise cells.error("calls a tool within its answer, and what that returned is not the teacher's", CALLING)
     if right and right[0] == "solution" and str(right[1]).strip() == completion.strip():
         right = None  # the teacher's own text once more is nothing to judge it by
-    return Trace(prompt, completion, _gold(right))
+    answers = choices.answers if choices and choices.right is not None else right_answers(right[1]) if right else ()
+    every = tuple(dict.fromkeys(answers))
+    return Trace(prompt, completion, every[0] if every else None, every[1:], cells.tools())
 
 
-def _gold(cell: Cell | None) -> str | None:
-    value = cell[1] if cell else None
-    if isinstance(value, list) and len(cast("list[Any]", value)) == 1:
-        value = cast("list[Any]", value)[0]
-    # what is no text cannot be judged by, and only some runs want it
-    return final_part(str(value)) or None if isinstance(value, str | int | float) else None
+def _chain(cells: Cells, cell: Cell) -> str:
+    """A chain, also in parts as APIs have it."""
+    parts = [] if isinstance(cell[1], str) else as_list(cell[1]) or []
+    return text_of(parts) if parts and as_object(parts[0]) else cells.text(cell)
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Why a generation is not to be used, by what its row says of it; empty where that is nothing."""
+    said = {str(name).strip().lower(): value for name, value in row.items() if isinstance(value, bool)}
+    if not all(said.get(n, True) for n in COMPLETE):
+        return ENDLESS
+    verdicts = [said[n] for n in CORRECT if n in said]
+    return WRONG if verdicts and not any(verdicts) else ""
 
 
 def _example(cells: Cells) -> Example:
     ids, labels = cells.integers("input_ids"), cells.integers("labels")
     if len(ids) != len(labels) or any(y not in (x, IGNORE) for x, y in zip(ids, labels, strict=False)):
-        raise UserError(f"{cells.where}: `labels` must be as long as `input_ids`, and equal to it or {IGNORE}")
+        raise cells.error(f"`labels` must be as long as `input_ids`, and equal to it or {IGNORE}", "with other labels")
     if all(y == IGNORE for y in labels[1:]):
-        raise UserError(f"{cells.where}: no token of `labels` is trained: all are {IGNORE}")
+        raise cells.error(f"no token of `labels` is trained: all are {IGNORE}", "without a trained token")
     return Example(ids, labels)

@@ -158,9 +158,12 @@ def test_verified_only_keeps_what_ends_in_the_right_answer(
 
 def test_verified_only_needs_right_answers(tokenizer: PreTrainedTokenizerBase) -> None:
     for row in ({"question": "q", "answer": "2"}, {"question": "q", "solution": "so 2", "gold": {"a": 1}}):
-        with pytest.raises(UserError, match=r"^row 1: `verified_only` needs the right answer.*columns: \{gold: ") as e:
-            chosen(choice(tokenizer, verified_only=True), [{**GOOD[0], "gold": "1"}, row])
+        with pytest.raises(UserError, match=r"^row 0: `verified_only` needs the right answer.*columns: \{gold: ") as e:
+            chosen(choice(tokenizer, verified_only=True), [row])
         assert not re.search(r"[\r\n]", str(e.value))
+        which = choice(tokenizer, verified_only=True)
+        assert chosen(which, [{**GOOD[0], "gold": "1"}, row]) == ["0 + 1 = ?"]
+        assert which.left_out == {"without a right answer": 1}
     # GSM8K's own answers are no teacher's beside which a right one stands
     columns = {"answer": "answer"}
     with pytest.raises(UserError, match="`verified_only` needs the right answer"):
@@ -372,8 +375,9 @@ def test_questions_take_numbers_columns_and_a_limit(
     assert load_data(make_config(eval=asked), tokenizer).questions == [Question("1", "2"), Question("2", "0.5")]
     assert load_data(make_config(eval={**asked, "limit": 1}), tokenizer).questions == [Question("1", "2")]
     write(tmp_path / "q.jsonl", [{"task": "1", "y": 2}, {"task": "2", "reasoning": "r"}])
+    assert load_data(make_config(eval=asked), tokenizer).record.left_out == {"without a right answer": 1}
     with pytest.raises(UserError, match=r"q\.jsonl:2: "):
-        load_data(make_config(eval=asked), tokenizer)
+        load_data(make_config(eval={**asked, "on_bad_row": "stop"}), tokenizer)
 
 
 def test_traces_on_questions_of_the_evaluation_are_left_out(

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mot_lora.columns import GOLD, MESSAGES, QUESTION, REASONING, RESPONSE, ROLES, WRITTEN
+from mot_lora.columns import GOLD, MESSAGES, QUESTION, REASONING, RESPONSE, WRITTEN, final_part
+from mot_lora.conversation import ROLES
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
 from mot_lora.thought import chain_of, opens_chain, think
-from mot_lora.traces import Example, Question, Trace, batches, final_part, read_question, read_trace
+from mot_lora.traces import Example, Question, Trace, batches, read_question, read_trace
 
 WHOLE = "<think>\nso 2\n</think>\n\n2"
 
@@ -145,10 +146,7 @@ def test_every_name_of_a_role_is_known(role: str, meant: str) -> None:
 
 def test_what_a_tool_said_may_stand_before_the_answer() -> None:
     turns = [user("q"), assistant("calculate(1 + 1)"), {"role": "tool", "content": "2", "name": "calculate"}]
-    assert trace_of({"messages": [*turns, assistant("2")]}).prompt == (
-        *turns[:2],
-        {"role": "tool", "content": "2"},
-    )
+    assert trace_of({"messages": [*turns, assistant("2")]}).prompt == tuple(turns)
 
 
 def test_reasoning_beside_the_content_of_any_turn_becomes_its_chain() -> None:
@@ -165,7 +163,7 @@ def test_parts_of_text_are_joined_and_pictures_are_refused() -> None:
     assert trace_of({"prompt": [{"role": "user", "content": parts}], "completion": "2"}).question == "1 +\n1?"
     picture = {"type": "image", "image": "x.png"}
     row = {"messages": [{"role": "user", "content": [*parts, picture]}, assistant("2")]}
-    assert message_of(row).endswith("needs text in `content of message 0 (user)`, not nothing")
+    assert message_of(row).endswith("holds a part of type `image`; the student reads text")
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt", "System"])
@@ -345,7 +343,9 @@ def test_right_answers_may_be_numbers_or_in_a_list() -> None:
 
 
 def test_a_question_may_be_messages_of_which_one_is_the_users() -> None:
-    assert read_question({"prompt": [system("s"), user("q")], "answer": "2"}, "") == Question("q", "2")
+    after = read_question({"prompt": [system("s"), user("q")], "answer": "2"}, "")
+    assert after == Question("q", "2", before=(system("s"),))
+    assert after.prompt == (system("s"), user("q"))
     assert read_question({"messages": [user("q")], "answer": "2"}, "") == Question("q", "2")
     two = {"prompt": [user("q"), assistant("a"), user("p")], "answer": "2"}
     assert "`prompt` must ask one thing, not hold 2 turns of a user" in message_of(two, read=read_question)
@@ -369,8 +369,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"a\nb": "x"}, "it has a b; say"),
     ({"question": "q"}, "needs `answer (completion, response, ...)`, or `messages`; it has question"),
     ({"answer": "a"}, "needs `question`, or `messages`; it has answer"),
-    ({"question": " ", "answer": "a"}, "needs `question`"),
-    ({"question": "q", "answer": True}, "needs text in `answer`, not true or false"),
+    ({"question": " ", "answer": "a"}, "nothing in `question`"),
+    ({"question": "q", "answer": None, "Response": ""}, "nothing in `Response`, `answer`"),
     ({"question": {"a": 1}, "answer": "a"}, "needs text in `question`, not an object"),
     ({"question": "q", "answer": ["a", "b"]}, "needs text in `answer`, not a list"),
     ({"question": "q", "answer": "a", "reasoning": ["a", "b"]}, "needs text in `reasoning`, not a list"),
@@ -378,7 +378,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"question": "q", "answer": "a\ud800"}, "`answer` holds half a character (a lone surrogate)"),
     ({"question": b"q", "answer": "a"}, "needs text in `question`, not bytes"),
     ({"messages": "hi"}, "needs a list of messages with `role` and `content`"),
-    ({"messages": [], "conversations": []}, "needs `question`, or `messages`; it has messages, conversations"),
+    ({"messages": [], "conversations": []}, "nothing in `messages`, `conversations`"),
     ({"messages": ["hi"]}, "message 0 must be an object with `role` and `content`"),
     ({"messages": [user("q")]}, "a trace of one role only (user): it needs a user and an assistant"),
     ({"messages": [system("s"), assistant("a")]}, "a trace of one role only (assistant)"),
@@ -388,7 +388,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"messages": [user("q"), assistant("a"), assistant("b")]}, "messages must end with a user's"),
     ({"messages": [user("q"), {"role": "assistant", "content": None}]}, "message 1 (assistant)`, not nothing"),
     ({"messages": [user("q"), {"role": "judge", "content": "x"}]}, "message 1 has the role `judge`; use system, user"),
-    ({"messages": [{"content": "x"}, assistant("a")]}, "message 0 has the role `none`"),
+    ({"messages": [{"content": "x"}, assistant("a")]}, "message 0 has no role; use system, user"),
     ({"messages": [user("q"), assistant("a")], "conversations": [user("q")]}, "several columns could be the messages"),
     ({"prompt": [assistant("a")], "completion": "c"}, "a prompt must end with the user, not with assistant"),
     ({"prompt": "q", "completion": [user("q")]}, "`completion` must be one message of the assistant"),
@@ -408,7 +408,8 @@ def test_a_row_that_fits_nothing_says_what_it_has(row: dict[str, Any], said: str
         ({"question": "q"}, "needs `answer (solution, gold, ...)`; it has question"),
         ({"answer": "2"}, "needs `question`; it has answer"),
         ({"question": "q", "gold": "1", "target": "2"}, "several columns could be the gold: `gold`, `target`"),
-        ({"question": "q", "answer": ["1", "2"]}, "needs text in `answer`, not a list"),
+        ({"question": "q", "answer": b"1"}, "`answer` holds no right answer: bytes"),
+        ({"question": "q", "answer": None}, "nothing in `answer`"),
     ],
 )
 def test_a_question_that_fits_nothing_says_what_it_has(row: dict[str, Any], said: str) -> None:
