@@ -160,7 +160,7 @@ class TeacherDataRecord(Record):
 
     `used` are trained on, `held_out` only measured, `left_out` has the count for each reason, and `bad` the first row
     that could not be used for it; `without_reasoning` of the used traces go straight to the answer, `marked` of them
-    held marks of a chat template, which were taken off. Tokens are of the used traces. `sample` is one of them, decoded.
+    held marks of a chat template, which were taken off. Tokens are of the used traces; `sample` is one, decoded.
     """
 
     teacher: str
