@@ -4,7 +4,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from mot_lora.quantities import NUMBER, UNIT, moment, quantity
+from mot_lora.quantities import NUMBER, UNIT, moment, quantities, quantity
 
 # --- signs and dress --------------------------------------------------------------------------------
 
@@ -47,6 +47,7 @@ _DRESS = [
         (r"\\\$", "\u00a4"),  # dollars, where $ stands around formulas
         (r"(?<![\w)*])(?:\*\*|__|`+)(?=\S)|(?<=\S)(?:\*\*|__|`+)(?![\w(])", ""),
         (r"\*\*", "^"),
+        (r"(?<=\d)_(?=\d{3}(?!\d))", ""),
         (r"\\(?:left|right|[Bb]igg?[lr]?)(?![A-Za-z])\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|rm|bf|it|boxed|fbox)(?![A-Za-z])\s*", ""),
         # spaces and commas of LaTeX in numbers: 1,\!234, 1{,}234, 3{,}5, 1\,234
@@ -84,6 +85,8 @@ def plain(text: str) -> str:
         text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda m: unicodedata.normalize("NFKC", m[0]), text)
         text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b\u207a]+", r"^{\g<0>}", text).translate(_RAISED)
         text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text.translate(_SIGN_TABLE))
+    if r"\begin" not in text:  # \\ ends a row there, and is a backslash written twice elsewhere
+        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     for pattern, put in _DRESS:
         text = pattern.sub(put, text)
     return text.strip()
@@ -118,7 +121,7 @@ _IS = (
     r"|[\u662f\u4e3a\u70ba\u306f\uc740\ub294:\uff1a=])"
 )
 _ANSWER = (
-    r"\b(?:answers?|(?:correct|right|best) (?:option|choice)|respuesta|r\u00e9ponse|resposta|risposta|antwort"
+    r"\b(?:answers?|ans\.?|(?:correct|right|best) (?:option|choice)|respuesta|r\u00e9ponse|resposta|risposta|antwort"
     r"|\u043e\u0442\u0432\u0435\u0442)\b(?:\s+(?:to|for|of|choice|option|in)\b[^.:=\n]{0,80}?)?"
     r"|\u7b54\u6848|\u7b54(?=[:\uff1a])|\u7b54\u3048|\uc815\ub2f5"
 )
@@ -198,10 +201,9 @@ FUNCTIONS = (
     *("exp", "mod", "max", "min", "gcd", "lcm"),
 )
 _PROSE = re.compile(r"(?<![^\s(])[A-Za-z]{2,}(?=[\s.,;:!?)]|$)")
-_PRICE = rf"[$\u00a4\u20ac\u00a3\u00a5]?{NUMBER}"
+_ITEM = rf"[$\u00a4\u20ac\u00a3\u00a5]?{NUMBER}(?:\s*%|\s*(?:per\s?cent\b|{UNIT}))?"
 _NUMBERS = re.compile(
-    rf"(?<![A-Za-z0-9_.:^/*+\\{{-])(-?{_PRICE}(?:(?:\s*,\s*(?:and\ |or\ )?|\s+(?:and|or)\s+){_PRICE})*)"
-    rf"(\s*%|\s*(?:per\s?cent\b|{UNIT}))?"
+    rf"(?<![A-Za-z0-9_.:^/*+\\{{-])-?{_ITEM}(?:(?:\s*,\s*(?:and\ |or\ )?|\s+(?:and|or)\s+|(?<=[a-z])\ ){_ITEM})*"
     r"(?![A-Za-z0-9_^\\({/*]|[.,:]\d|\s*[+*/^=<>\\-]\s*[\d\w\\])"
     r"|(?<![\w:.])\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?(?![\w:])",
     re.VERBOSE | re.IGNORECASE,
@@ -214,7 +216,7 @@ _HIDDEN = "\u2588"
 
 
 def decided(text: str) -> str | None:
-    """What a text marks as its answer: the last box, or what it states, where it says "final answer" after the box too.
+    r"""What a text marks as its answer: the last box, or what it states; a "final answer" after the box too.
 
     >>> decided(r"The answer is 4. \boxed{5}"), decided(r"\boxed{4}. Final answer: 5"), decided("It is 5.")
     ('5', '5', None)
@@ -236,20 +238,20 @@ def expression(text: str) -> str:
         whole, last = bare(text), bare(text.strip().rpartition("\n")[2])
         return next((x for x in (whole, last) if _is_answer(x)), bare(_in_prose(text, -1)) or whole)
     whole = bare(part)
-    if boxed(text) is not None or _is_answer(whole):
+    if _is_answer(whole):
         return whole
     # "The final answer: the largest $n$ is 34"
     tail = re.match(r"[A-Za-z]{2,}\b.*\b(?:is|are|equals)\b(.*)", whole, re.DOTALL)
     if tail and _is_answer(end := bare(tail[1])):
         return end
-    return bare(_in_prose(part, 0)) or whole
+    return whole if boxed(text) is not None else bare(_in_prose(part, 0)) or whole
 
 
 def _is_answer(text: str) -> bool:
     """Whether a text is nothing but an answer."""
     if "\n" in text or "$" in text.lstrip("-$") or not re.search(r"\w", text):
         return False
-    return bool(_is_formula(text) or quantity(text) or moment(text) or labelled(text))
+    return bool(_is_formula(text) or quantities(text) or moment(text) or labelled(text))
 
 
 def _is_formula(text: str) -> bool:
@@ -272,7 +274,7 @@ def _in_prose(text: str, which: int) -> str:
         rest = rest[:start] + _HIDDEN * (end - start) + rest[end:]
     for m in _NUMBERS.finditer(rest):
         if not _REFUSED.search(rest[max(0, m.start() - 20) : m.start()]):
-            found.append((m.start(), m.end(), f"{m[1]} {m[2] or ''}" if m[1] else m[0]))
+            found.append((m.start(), m.end(), re.sub(rf"(?<=\d)(?={UNIT}$)", " ", m[0])))
     return sorted(found)[which][2] if found else ""
 
 
@@ -285,7 +287,7 @@ _LABEL = re.compile(
 _ANOTHER = re.compile(r"[\W_]*(?:,|\band\b|\bor\b|/|&)\W*[A-Za-z]\b")
 _GOES_ON = re.compile(r"$|[).:,;\u2013\u2014-]|(?:because|since|as|for|is)\b")
 _CHOOSES = re.compile(
-    r"\b(?:option|choice|choose|select|pick)\s+(?:is\s+)?\(?([A-Z])\b"
+    r"\b(?i:option|choice|choose|select|pick|go with)\s*(?:is\s+|:\s*)?\(?([A-Z])\b"
     r"|(?<![A-Za-z])\(?([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|true)\b|\u9009\s*([A-Z])"
 )
 
@@ -322,25 +324,43 @@ def chosen(text: str) -> str | None:
     return next((label[0] for label in map(labelled, map(bare, lines)) if label), None)
 
 
+def several_letters(text: str) -> list[str]:
+    """The letters of several choices at once, glued or listed; none where a text is anything else.
+
+    >>> several_letters("AC"), several_letters("C and A"), several_letters("AC, BD"), several_letters("B")
+    (['A', 'C'], ['A', 'C'], [], [])
+    """
+    glued_or_listed = r"[A-H]{2,5}|[A-H](?:(?:\s*,\s*(?:and\s+)?|\s+and\s+|\s*&\s*)[A-H])+"
+    return sorted(re.findall("[A-H]", text)) if re.fullmatch(glued_or_listed, text) else []
+
+
 _TRUTH = {"yes": "yes", "true": "yes", "correct": "yes", "no": "no", "false": "no", "incorrect": "no"}
 _DOUBT = re.compile(r"\b(?:not|never|neither|nor|or|if|whether|unless|than|hardly|cannot)\b|n't\b|\?", re.IGNORECASE)
-_COPULA = re.compile(r"(?:\b(?:is|are|was|were|be|equals|called|named)\b|[:=])([^:=]*)$")
+_COPULA = re.compile(r"(?:\b(?:is|are|was|were|be|equals|called|named|in|on|at|by)\b|'s\b|[:=])(?=([^:=]*)$)")
 
 
 def worded(text: str) -> bool:
-    """Whether an answer is words alone.
+    """Whether an answer is words, and numbers only as a part of a name.
 
-    >>> worded("isosceles triangle"), worded("x"), worded("3x"), worded("five")
-    (True, False, False, False)
+    >>> worded("isosceles triangle"), worded("Apollo 11"), worded("x"), worded("3x"), worded("five")
+    (True, True, False, False, False)
     """
-    return bool(re.fullmatch(r"(?:[^\W\d_]|[ .,'&-])*[^\W\d_]{2}(?:[^\W\d_]|[ .,'&-])*", text)) and not quantity(text)
+    return bool(
+        re.fullmatch(r"[^\W\d_](?:[^\W_]|[ .,'&-])*", text)
+        and not all(w.lower() in FUNCTIONS for w in re.findall(r"[^\W\d_]{2,}", text))
+        and (len(text.split()) < 5 or not re.search(r"\d", text))
+        and not re.match(
+            r"(?:about|approximately|around|roughly|exactly|nearly|almost|only|just)\b", text, re.IGNORECASE
+        )
+        and not (quantity(text) or moment(text))
+    )
 
 
 def _word(text: str) -> str:
-    """Words to compare: without case, article and punctuation; yes and true are one, as no and false are."""
+    """Words to compare: without case, article, punctuation and plural; yes and true are one, as no and false are."""
     said = re.sub(r"[^\w\s]+", " ", bare(text)).casefold().split()
     said = " ".join(said[1:] if said[:1] in (["the"], ["a"], ["an"]) else said)
-    return _TRUTH.get(said, said)
+    return _TRUTH.get(said, said.removesuffix("s"))
 
 
 def says(text: str, words: str) -> bool:
@@ -357,5 +377,7 @@ def says(text: str, words: str) -> bool:
     if first and first[1].lower() in _TRUTH and wanted in _TRUTH.values():
         return _word(first[1]) == wanted
     last = [s for s in _END.split(given.strip()) if s.strip(' \n*_"')][-1:] if part is None else []
-    copula = _COPULA.search(last[0].rpartition("\n")[2]) if last and not text.rstrip().endswith("?") else None
-    return bool(copula) and not _DOUBT.search(last[0]) and _word(copula[1]) == wanted
+    if not last or text.rstrip().endswith("?"):
+        return False
+    ends = [m for m in _COPULA.finditer(last[0].rpartition("\n")[2]) if _word(m[1]) == wanted]
+    return any(not _DOUBT.search(m.string[: m.start()]) for m in ends)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 # --- units of measure -------------------------------------------------------------------------------
 
@@ -23,6 +24,18 @@ _TABLE = {
     "angle": "1 ^\\circ \u00b0 degree deg",
     "radian": "1 rad radian",
     "celsius": "1 ^\\circc \u00b0c \u2103 celsius",
+    "kelvin": "1 K kelvin",
+    "force": "1 N newton, 1000 kN kilonewton",
+    "energy": "1 J joule, 1000 kJ kilojoule, 4.184 cal calorie, 4184 kcal kilocalorie",
+    "power": "1 W watt, 1000 kW kilowatt, 1000000 MW megawatt",
+    "pressure": "1 Pa pascal, 1000 kPa kilopascal, 100000 bar, 101325 atm",
+    "frequency": "1 Hz hertz, 1000 kHz kilohertz, 1000000 MHz megahertz",
+    "voltage": "1 V volt",
+    "current": "1 A ampere amp, 1/1000 mA milliampere",
+    "amount": "1 mol mole, 1/1000 mmol millimole",
+    "kilobyte": "1 KB kB kilobyte",  # of 1000 or of 1024 bytes
+    "megabyte": "1 MB megabyte",
+    "gigabyte": "1 GB gigabyte",
     "fahrenheit": "1 ^\\circf \u00b0f \u2109 fahrenheit",
 }
 _SHORT = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h"}
@@ -99,14 +112,15 @@ NUMBER = rf"""(?:(?:\d+(?:[ ]+|(?=\\)))?(?:{_DECIMAL}[ ]?/[ ]?\d+(?:\.\d+)?|\\fr
 _QUANTITY = re.compile(
     r"(?P<less>-?)\s*(?P<currency>[$\u00a4\u20ac\u00a3\u00a5\u20b9]|Rs\.?|USD|EUR)?\s*"
     rf"(?P<number>[+-]?[ ]?{NUMBER})"
-    r"(?:\s*(?P<percent>%|per\s?cent|pct|percentage(?:\ points?)?))?(?P<rest>.*)",
+    r"(?:(?:st|nd|rd|th)\b)?(?:\s*(?P<percent>%|per\s?cent|pct|percentage(?:\ points?)?))?(?P<rest>.*)",
     re.VERBOSE | re.DOTALL,
 )
 _SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SPELLED = {
     "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
     "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
-    "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
+    "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50,
+    "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
 # what is counted: words, that is, which are no part of a formula
 _NOUNS = re.compile(
@@ -117,12 +131,13 @@ _NOUNS = re.compile(
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number, exactly, and how it is written: its decimal places, a percent sign, its unit where that is known."""
+    """A number, exactly, and how it is written: its decimal places, a percent sign, its unit, or what it counts."""
 
     value: Fraction
     places: int = 0
     percent: bool = False
     unit: Unit | None = None
+    noun: str = ""
 
 
 @lru_cache(maxsize=4096)
@@ -132,13 +147,25 @@ def quantity(text: str) -> Quantity | None:
     >>> quantity("1,234.5").value, quantity(r"2\frac{1}{2} cm").value, quantity("50%").percent, quantity("3x")
     (Fraction(2469, 2), Fraction(5, 2), True, None)
     """
-    if (spelled := _SPELLED.get(text.lower())) is not None:
-        return Quantity(Fraction(spelled))
+    return _spelled(text) or _single(text) or _sum(re.split(r"(?<=[a-z])[ ,]+(?:and )?(?=\d)", text))
+
+
+def _spelled(text: str) -> Quantity | None:
+    match [_SPELLED.get(w) for w in re.split(r"[ -]", text.lower())]:
+        case [int(n)]:
+            return Quantity(Fraction(n))
+        case [int(tens), int(ones)] if tens >= 20 and 0 < ones < 10:
+            return Quantity(Fraction(tens + ones))
+        case _:
+            return None
+
+
+def _single(text: str) -> Quantity | None:
     m = _QUANTITY.fullmatch(text.strip())
     value = _value(m["number"]) if m else None
     if not m or value is None or (m["less"] and m["number"][0] in "+-"):
         return None
-    rest, measure = m["rest"], unit(m["currency"]) if m["currency"] else None
+    rest, measure, noun = m["rest"], unit(m["currency"]) if m["currency"] else None, ""
     scale = re.match(r"\s*([a-z]+)\b", rest)
     if scale and (factor := _SCALES.get(scale[1].removesuffix("s"))):
         value, rest = value * factor, rest[scale.end() :]
@@ -148,8 +175,21 @@ def quantity(text: str) -> Quantity | None:
         if re.match(r"[A-Za-z]\b", rest) or not (named or _NOUNS.fullmatch(rest.strip())):
             return None
         measure = measure or named
+        noun = "" if named else rest.strip(" ().").casefold()
     places = len(m["number"].partition(".")[2]) if re.fullmatch(r"[+-]?[ ]?[\d,' ]*\.\d+", m["number"]) else 0
-    return Quantity(-value if m["less"] else value, places, bool(m["percent"]), measure)
+    return Quantity(-value if m["less"] else value, places, bool(m["percent"]), measure, noun)
+
+
+def _sum(texts: list[str]) -> Quantity | None:
+    """One quantity in units that get smaller, as 3 hours 20 minutes is."""
+    parts = [_single(text) for text in texts]
+    units = [p.unit for p in parts if p and p.unit]
+    if len(units) < len(parts) or len(units) < 2 or len({u.dimension for u in units}) > 1:
+        return None
+    if any(small.size >= big.size for big, small in pairwise(units)):
+        return None
+    total = sum((p.value * p.unit.size for p in parts if p and p.unit), Fraction(0))
+    return Quantity(total, unit=Unit(units[0].dimension, Fraction(1)))
 
 
 def _value(number: str) -> Fraction | None:
@@ -169,6 +209,20 @@ def _value(number: str) -> Fraction | None:
 def _decimal(text: str) -> Fraction:
     text = re.sub(r"[,' ]", "", text)
     return Fraction(text.replace(".", "") if text.count(".") > 1 else text)
+
+
+def quantities(text: str) -> list[Quantity]:
+    """The quantities that a text is a list of; none where it is anything else.
+
+    >>> [q.value for q in quantities("1,234 and 5")], quantities("2, x")
+    ([Fraction(1234, 1), Fraction(5, 1)], [])
+    """
+    if one := quantity(text):
+        return [one]
+    loose = re.search(r";|\band\b|\bor\b|,\s", text)
+    parts = re.split(r"\s*;\s*|,?\s+(?:and|or)\s+|,\s+" if loose else ",", text.strip())
+    found = [q for q in map(quantity, parts) if q]
+    return found if len(found) == len(parts) else []
 
 
 def same_quantity(gold: Quantity, answer: Quantity) -> bool:
@@ -225,7 +279,7 @@ def moment(text: str) -> Moment | None:
         if m := pattern.fullmatch(text):
             parts = [(m[i] or "0").lower()[:4] for i in order]
             return kind, *(str(_MONTHS.index(p[:3]) + 1 if p[:3] in _MONTHS else int(p)) for p in parts)
-    m = _CLOCK.fullmatch(text)
+    m = _CLOCK.fullmatch(re.sub(r"^(\d+) to (?=\d+$)", r"\1:", text))
     if not m:
         return None
     first, *others = (str(Fraction(p.strip())) for p in m[1].split(":"))

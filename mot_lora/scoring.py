@@ -4,10 +4,21 @@ import math
 import re
 from collections.abc import Sequence
 
-from mot_lora.answers import FUNCTIONS, boxed, chosen, expression, labelled, says, worded
+from mot_lora.answers import (
+    FUNCTIONS,
+    bare,
+    boxed,
+    chosen,
+    decided,
+    expression,
+    labelled,
+    says,
+    several_letters,
+    worded,
+)
 from mot_lora.errors import UserError
 from mot_lora.judge import equal
-from mot_lora.quantities import Quantity, Unit, moment, quantity, same_moment, same_quantity, unit
+from mot_lora.quantities import Quantity, Unit, moment, quantities, same_moment, same_quantity, unit
 from mot_lora.thought import THINK, THINK_END, to_think
 
 
@@ -43,7 +54,11 @@ def is_right(text: str, gold: str | Sequence[str]) -> bool:
 def _gives(answer: str, gold: str) -> bool:
     if answer.strip().casefold() == gold.strip().casefold():
         return True
-    right = expression(gold)
+    right = bare(decided(gold) or gold)
+    if letters := several_letters(right):
+        return letters == several_letters(bare(decided(answer) or answer))
+    if not worded(right):
+        right = expression(gold)
     if label := labelled(right):
         letter = chosen(answer)
         if letter or not label[1]:
@@ -52,17 +67,17 @@ def _gives(answer: str, gold: str) -> bool:
     if worded(right):
         return says(answer, right)
     given = expression(answer)
+    if label := labelled(given):
+        given = label[1] or given
     right = re.sub(r"^(-?0),(?=\d{2,}$)", r"\1.", right)
     if "." in right and boxed(answer) is None:
         given = _DECIMAL_COMMA.sub(r"\1.\2", given)
-    if label := labelled(given):
-        given = label[1] or given
     return bool(given) and same(right, given)
 
 
 _DECIMAL_COMMA = re.compile(r"^([^\d,]*(?:0|\d+(?!,\d{3}(?!\d)))),(\d+[^\d,]*)$")
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
-_IN_BASE = re.compile(r"[0-9A-Za-z]+_\{?(\d+)\}?")
+_IN_BASE = re.compile(r"[0-9A-Za-z]+_\{?([2-9]|[12]\d|3[0-6])\}?")
 
 
 def same(gold: str, answer: str) -> bool:
@@ -107,22 +122,16 @@ def _tight(text: str) -> str:
 
 
 def _numbers(text: str) -> list[Quantity]:
-    """The quantities that a text is a list of, or what an equation of one comes to; none where it is anything else."""
-    if not re.search(r"[,;]|\band\b|\bor\b", text):
-        parts = [_EQUALS.split(text)[-1].strip()]
-    elif quantity(text):
-        parts = [text]
-    else:
-        loose = re.search(r";|\band\b|\bor\b|,\s", text)
-        parts = re.split(r"\s*;\s*|,?\s+(?:and|or)\s+|,\s+" if loose else ",", text.strip())
-    found = [q for q in map(quantity, parts) if q]
-    return found if len(found) == len(parts) else []
+    """The quantities that a text lists, or what an equation comes to; none where it is anything else."""
+    return quantities(text if re.search(r"[,;]|\band\b|\bor\b", text) else _EQUALS.split(text)[-1].strip())
 
 
 def _same_numbers(gold: Sequence[Quantity], answer: Sequence[Quantity]) -> bool:
     left = list(answer)
     for g in gold:
-        found = next((a for a in left if same_quantity(g, a)), None)
+        # 3 red and 2 blue are not 2 red and 3 blue; one number's noun is the question's
+        alike = (a for a in left if same_quantity(g, a) and (len(gold) == 1 or not g.noun or a.noun in ("", g.noun)))
+        found = next(alike, None)
         if not found:
             return False
         left.remove(found)
@@ -132,7 +141,7 @@ def _same_numbers(gold: Sequence[Quantity], answer: Sequence[Quantity]) -> bool:
 def _measured(text: str) -> tuple[str, Unit | None]:
     """A formula without the unit or the noun behind it, and the unit where it is known."""
     m = re.fullmatch(r"(.*[\d})\]]|.*\\pi)\s+((?:[a-z]+\s+)?[A-Za-z]{2,}(?:\s*\^\s*\{?\d\}?)?)", text, re.DOTALL)
-    return (m[1], unit(m[2])) if m and m[2] not in FUNCTIONS else (text, None)
+    return (m[1], unit(m[2])) if m and m[2].split()[0] not in FUNCTIONS else (text, None)
 
 
 def elected(texts: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import pytest
 
 from mot_lora.scoring import is_right
+from mot_lora.traces import read_question
 
 # family: (text, right answer), each of them right
 RIGHT: dict[str, list[tuple[str, str]]] = {
@@ -47,6 +48,10 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         (r"Interest is \boxed{255}, so she has $10,455. Final Answer: The final answer is $10,455$.", "10455"),
         ("<think>2 + 3</think>\n<answer>5</answer>", "5"),
         ("<answer> The sum is 5. </answer>", "5"),
+        (r"\boxed{\text{The answer is } 5}", "5"),
+        (r"\boxed{(a)\ 5}", "5"),
+        (r"\boxed{\\frac{1}{2}}", "0.5"),
+        ("0.5", r"\\frac{1}{2}"),
     ],
     "signs of other alphabets": [
         ("\u22127", "-7"),
@@ -129,6 +134,17 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         (str(2**99), "2^{99}"),
         (r"\frac{1}{2^{99}}", r"2^{-99}"),
         ("1" + "0" * 40, "10^{40}"),
+        ("forty-two", "42"),
+        ("Forty two.", "42"),
+        ("5th", "5"),
+        (r"\boxed{5\text{th}}", "5"),
+        ("1_000_000", "1000000"),
+        ("-0", "0"),
+        ("5 (five)", "5"),
+        (r"\boxed{\left(\frac{1}{2}\right)^3}", "1/8"),
+        (r"\boxed{\sqrt[3]{8}}", "2"),
+        (r"\boxed{|-5|}", "5"),
+        (r"\boxed{\gcd(4,6)}", "2"),
     ],
     "thousands": [
         ("1,234", "1234"),
@@ -195,6 +211,15 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         (r"\boxed{12\sqrt{3}\text{ square units}}", r"12\sqrt{3}"),
         (r"\boxed{\frac{3}{4}\text{ inches}}", "0.75"),
         ("37 \u00b0C", "37"),
+        ("3 hours 20 minutes", "200 minutes"),
+        ("3 hours and 20 minutes", "3 h 20 min"),
+        ("It takes 3 hours and 20 minutes.", "3 hours 20 minutes"),
+        ("5 ft 3 in", "63 inches"),
+        ("9.8 m/s^2", r"9.8\text{ m/s}^2"),
+        ("5 N", "5"),
+        ("2 kW", "2000 W"),
+        ("3 red and 2 blue", "2 blue, 3 red"),
+        ("5 USD", "$5"),
     ],
     "percents": [
         ("50%", "50"),
@@ -345,6 +370,7 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ("1776-07-04", "July 4, 1776"),
         ("The answer is July 4, 1776.", "1776-07-04"),
         ("3/4/2020", "03/04/2020"),
+        ("5 to 1", "5:1"),
     ],
     "choices": [
         ("B", "B"),
@@ -396,6 +422,18 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ("\u7b54\u6848\u662fB\u3002", "B"),
         ("\u6545\u9009B", "B"),
         ("\u7b54\u6848\uff1a\uff22", "B"),
+        ("Ans: B", "B"),
+        ("Choice: B", "B"),
+        ("I would go with B.", "B"),
+        ("Hence option (C) is correct.", "C"),
+        ("The correct choice is (c).", "C"),
+        ("Therefore, the correct answer is **(B) 12 cm**.", "B"),
+        ("The answer is $\\textbf{(B)}$.", "B"),
+        ("AC", "AC"),
+        ("A, C", "AC"),
+        ("C and A", "AC"),
+        ("ACD", "A, C, D"),
+        ("The answer is A and C.", "AC"),
     ],
     "words": [
         ("Paris", "Paris"),
@@ -430,6 +468,15 @@ RIGHT: dict[str, list[tuple[str, str]]] = {
         ("\u5317\u4eac", "\u5317\u4eac"),
         ("Stra\u00dfe", "STRASSE"),
         ("x^2 is even", "even"),
+        ("It's Paris.", "Paris"),
+        ("She was born in Paris.", "Paris"),
+        ("The function is neither.", "neither"),
+        ("There are no solutions.", "no solution"),
+        ("Apollo 11", "Apollo 11"),
+        ("It was Apollo 11.", "Apollo 11"),
+        ("It happened in July 1776.", "July 1776"),
+        ("The answer is Chapter 3.", "chapter 3"),
+        ("cats", "cat"),
     ],
     "chains": [
         ("<think>4</think>5", "5"),
@@ -464,6 +511,8 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         (r"\boxed{\text{not } 5}", "5"),
         (r"\boxed{?}", "?x"),
         ("5", r"So it is \boxed{6}, not 5."),
+        (r"\boxed{5\text{ or more}}", "5"),
+        (r"\boxed{\text{The answer is } 5}", "6"),
     ],
     "signs of other alphabets": [
         ("\u22127", "7"),
@@ -548,6 +597,11 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         (r"\infty", "42"),
         (r"\infty", r"-\infty"),
         ("1e999", "1e998"),
+        ("forty-two", "40"),
+        ("forty-two", "2"),
+        ("5th", "6th"),
+        ("1_000", "1"),
+        ("1_000", "0"),
     ],
     "thousands": [
         ("1,234", "1"),
@@ -607,6 +661,16 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("3", "3x"),
         ("3 x", "3"),
         (r"2\pi\text{ cm}", r"2\pi\text{ m}"),
+        ("3 hours 20 minutes", "20 minutes"),
+        ("3 hours 20 minutes", "3 hours 30 minutes"),
+        ("3 hours 20 minutes", "2 hours 20 minutes"),
+        ("It takes 3 hours and 20 minutes.", "20 minutes"),
+        ("It takes 3 hours and 20 minutes.", "3"),
+        ("3 cm, 4 cm", "7 cm"),
+        ("2 red, 3 blue", "3 red, 2 blue"),
+        ("5 N", "5 J"),
+        ("5 MB", "5 GB"),
+        ("9.8 m/s", "9.8 m/s^2"),
     ],
     "percents": [
         ("5%", "0.5"),
@@ -791,6 +855,8 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("2020-07-04", "2009"),
         ("3/4/2020", "4/3/2020"),
         ("3 pm", "3"),
+        ("5 to 1", "1:5"),
+        ("5 to 1", "5"),
     ],
     "choices": [
         ("A triangle has three sides.", "A"),
@@ -835,6 +901,11 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         ("I do not know", "I"),
         ("e", "c"),
         ("\u7b54\u6848\u662fC\u3002", "B"),
+        ("AC", "AB"),
+        ("A", "AC"),
+        ("ACD", "AC"),
+        ("A, C", "A"),
+        ("AB, CD", "AC, BD"),
     ],
     "words": [
         ("London", "Paris"),
@@ -876,6 +947,16 @@ WRONG: dict[str, list[tuple[str, str]]] = {
         (r"\boxed{\text{odd}}", r"\text{even}"),
         ("", "Paris"),
         ("\u4e0a\u6d77", "\u5317\u4eac"),
+        ("Apollo 12", "Apollo 11"),
+        ("11", "Apollo 11"),
+        ("August 1776", "July 1776"),
+        ("1776", "July 1776"),
+        ("Boeing 747", "Airbus 747"),
+        ("She was not born in Paris.", "Paris"),
+        ("The capital of Paris", "Paris"),
+        ("It is larger than Paris.", "Paris"),
+        ("It is near Paris.", "Paris"),
+        ("CO2", "H2O"),
     ],
     "chains": [
         ("", "5"),
@@ -897,3 +978,127 @@ def test_what_is_right_is_judged_right(family: str) -> None:
 @pytest.mark.parametrize("family", WRONG)
 def test_what_is_wrong_is_never_judged_right(family: str) -> None:
     assert [pair for pair in WRONG[family] if is_right(*pair)] == []
+
+
+# huggingface/Math-Verify#76, #57, #14, #47, #16
+AS_WRITTEN = [
+    ("Thus 905 = 905 holds.\n\n---\n\nFinal Answer: **73**", "73", True),
+    ("**Final Answer:** 73", "73", True),
+    ("The answer is **73**.", "73", True),
+    ("Answer: __73__", "73", True),
+    ("### 73", "73", True),
+    (r"First \boxed{3}. Wait, that is wrong. \boxed{5}", "5", True),
+    (r"First \boxed{3}. Wait, that is wrong. \boxed{5}", "3", False),
+    (r"The answer is \boxed{5}. Check: 2 + 3 = 5 and 7 - 2 = 5.", "5", True),
+    (r"\boxed{5}, which is more than 4", "4", False),
+    ("1,234", "1234", True),
+    (r"\boxed{1{,}234}", "1234", True),
+    (r"\boxed{1\,234}", "1234", True),
+    ("1 234 567", "1234567", True),
+    ("The total is $1,250.50", "1250.5", True),
+    ("The total is $1,250", "1250", True),
+    ("12,000 people", "12000", True),
+    ("50%", "50", True),
+    (r"\boxed{50\%}", "0.5", True),
+    ("50%", "0.5", True),
+    (r"\boxed{12\text{ cm}}", "12", True),
+    ("12 cm", "12", True),
+    (r"\boxed{12}", "12 cm", True),
+    (r"\boxed{12\,\mathrm{cm}^2}", "12", True),
+    ("5 apples", "5", True),
+    (r"\boxed{90^\circ}", "90", True),
+    (r"\boxed{\frac{1}{2}}", "0.5", True),
+    (r"\boxed{1/2}", r"\frac12", True),
+    (r"\boxed{\dfrac{3}{4}}", "0.75", True),
+    (r"\boxed{2\frac{1}{2}}", "2.5", True),
+    ("2 1/2", "2.5", True),
+    (r"\boxed{0.333}", r"\frac{1}{3}", False),
+    (r"\boxed{(1,2)}", "(1, 2)", True),
+    (r"\boxed{(1,2)}", "(2,1)", False),
+    (r"\boxed{[1,2)}", "[1,2)", True),
+    (r"\boxed{[1,2)}", "[1,2]", False),
+    (r"\boxed{\{2,1\}}", r"\{1,2\}", True),
+    (r"\boxed{(-\infty, 3)\cup(3,\infty)}", r"(-\infty,3)\cup(3,\infty)", True),
+    (r"\boxed{x=3}", "3", True),
+    (r"\boxed{x \in \{1,2\}}", "1, 2", True),
+    (r"\boxed{1728}", "1331 and 1728", False),
+    (r"\boxed{1331, 1728}", "1331 and 1728", True),
+    (r"\boxed{1, 2}", "1,2,3", False),
+    (r"\boxed{\pm 2}", "2", False),
+    (r"\boxed{12:00}", "1:00", False),
+    (r"\boxed{\frac{1}{2^{99}}}", r"\frac{1}{2^{98}}", False),
+    (r"\boxed{n=1,2,3}", "n=2,3,4", False),
+    (r"\boxed{D=(0,1.5)}", "D=(0,1)", False),
+    ("042", "42", True),
+    (r"\boxed{073}", "73", True),
+    ("1.5e3", "1500", True),
+    (r"\boxed{1.5\times10^{3}}", "1500", True),
+    (r"\boxed{\sqrt{17}}", r"\sqrt{17}", True),
+    ("sqrt(17)", r"\sqrt{17}", True),
+    (r"\boxed{2\sqrt{3}}", r"\sqrt{12}", True),
+    (r"\boxed{-7}", "7", False),
+    ("\u22127", "-7", True),
+    ("\uff17", "7", True),
+    (r"\boxed{5}", r"\boxed{5}", True),
+    (r"\boxed{5}", "$5$", True),
+    (r"\boxed{5}", r"\(5\)", True),
+    (r"\boxed{5}", r"\[5\]", True),
+    ("5", "5.0", True),
+    ("5", "5.", True),
+    (r"\[ \boxed{\begin{pmatrix}1\\2\end{pmatrix}} \]", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
+    ("", "5", False),
+    ("<think>5", "5", False),
+    ("<think>4</think>5", "4", False),
+]
+
+
+@pytest.mark.parametrize(("text", "gold", "right"), AS_WRITTEN)
+def test_answers_as_people_show_them(text: str, gold: str, right: bool) -> None:
+    assert is_right(text, gold) is right
+
+
+SOLUTION = "We have $2+3=5$ and $5 \\cdot 7 = 35$. Let $x$ be $35$. Therefore, the answer is $\\boxed{\\frac{35}{2}}$."
+GOLDS = [
+    ({"problem": "p", "solution": SOLUTION, "level": "Level 1", "type": "Algebra"}, r"\boxed{\frac{35}{2}}", True),
+    ({"problem": "p", "solution": SOLUTION}, r"\boxed{35}", False),
+    ({"problem": "p", "solution": SOLUTION}, "17.5", True),
+    ({"question": "p", "answer": r"\[5\]"}, "5", True),
+    ({"question": "p", "answer": r"\(5\)"}, "5", True),
+    ({"question": "p", "answer": "$5$"}, "5", True),
+    ({"question": "p", "answer": "$$\n5\n$$"}, "5", True),
+    ({"question": "p", "answer": "The answer is $5$."}, r"\boxed{5}", True),
+    ({"question": "p", "answer": r"\boxed{5} hours"}, "5", True),
+    ({"question": "p", "answer": "5 hours"}, r"\boxed{5}", True),
+    ({"question": "p", "answer": r"\sqrt{17}"}, r"$\sqrt{17}$", True),
+    ({"question": "p", "answer": "sqrt(3)/3"}, r"\boxed{\frac{\sqrt{3}}{3}}", True),
+    ({"question": "p", "answer": "x^2+2x+1"}, r"\boxed{(x+1)^2}", True),
+    (
+        {
+            "question": "p",
+            "answer": "9. Anya climbs one floor; Vanya climbs five, so it is 5 times longer.\n\nAnswer: 5 times.",
+        },
+        r"\boxed{5}",
+        True,
+    ),
+    ({"question": "p", "answer": "10\\%"}, r"\boxed{10\%}", True),
+    ({"question": "p", "answer": "$18"}, "She earns $18.", True),
+    ({"question": "p", "answer": "$18,000"}, r"\boxed{18000}", True),
+    ({"question": "p", "answer": "1/2"}, "0.5", True),
+    ({"question": "p", "answer": "50 cm^2"}, r"\boxed{50\text{ cm}^2}", True),
+    ({"question": "p", "answer": "3:4"}, r"\boxed{3:4}", True),
+    ({"question": "p", "answer": "A = 5"}, r"\boxed{5}", True),
+    ({"question": "p", "answer": "f(x)=2x"}, r"\boxed{f(x)=2x}", True),
+    ({"question": "p", "answer": "2, 3"}, r"\boxed{2} and \boxed{3}", True),
+]
+
+
+@pytest.mark.parametrize(("row", "text", "right"), GOLDS)
+def test_right_answers_as_data_sets_have_them(row: dict[str, str], text: str, right: bool) -> None:
+    assert is_right(text, read_question(row, "row").answer) is right
+
+
+def test_one_of_several_right_answers_is_right() -> None:
+    assert is_right("New York City", ["NYC", "New York City"])
+    assert is_right(r"\boxed{0.5}", ("2", "1/2"))
+    assert not is_right("Boston", ["NYC", "New York City"])
+    assert not is_right("Boston", [])
