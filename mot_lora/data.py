@@ -337,7 +337,7 @@ class Choice:
                     "columns: {gold: expected_answer}",
                     NO_RIGHT,
                 )
-            if not any(is_right(trace.completion, right) for right in trace.right_answers):
+            if not is_right(trace.completion, trace.right_answers):
                 return WRONG
         return Chosen(where, example, trace.question, bool(chain), trace != found)
 

@@ -108,7 +108,7 @@ def evaluate(
             answer=q.answer,
             texts=tuple(samples),
             also=q.also,
-            score=sum(any(is_right(t, right) for right in q.right_answers) for t in samples) / len(samples),
+            score=sum(is_right(t, q.right_answers) for t in samples) / len(samples),
         )
         for q, samples in zip(questions, texts, strict=True)
     ]

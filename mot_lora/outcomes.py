@@ -96,7 +96,7 @@ def _vote(answers: Sequence[Answer]) -> float:
     """The score of what most of several students say to one question, sample by sample."""
     ballots = zip(*(a.texts for a in answers), strict=True)
     right = (answers[0].answer, *answers[0].also)
-    return mean_score([float(any(is_right(elected(texts), r) for r in right)) for texts in ballots])[0]
+    return mean_score([float(is_right(elected(texts), right)) for texts in ballots])[0]
 
 
 def publish(runs: Sequence[ArmRun], out: str | Path, settings: Mapping[str, str]) -> Comparison:

@@ -69,13 +69,15 @@ def _gives(answer: str, gold: str) -> bool:
     given = expression(answer)
     if label := labelled(given):
         given = label[1] or given
-    right = re.sub(r"^(-?0),(?=\d{2,}$)", r"\1.", right)
-    if "." in right and boxed(answer) is None:
-        given = _DECIMAL_COMMA.sub(r"\1.\2", given)
+    if "." in given:
+        right = _ZERO_COMMA.sub(r"\1.", right)
+    elif "." in right:
+        given = (_ZERO_COMMA if boxed(answer) else _DECIMAL_COMMA).sub(r"\1.", given)
     return bool(given) and same(right, given)
 
 
-_DECIMAL_COMMA = re.compile(r"^([^\d,]*(?:0|\d+(?!,\d{3}(?!\d)))),(\d+[^\d,]*)$")
+_ZERO_COMMA = re.compile(r"^(-?0),(?=\d{2,}$)")
+_DECIMAL_COMMA = re.compile(r"^([^\d,]*(?:0|\d+(?!,\d{3}(?!\d)))),(?=\d+[^\d,]*$)")
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
 _IN_BASE = re.compile(r"[0-9A-Za-z]+_\{?([2-9]|[12]\d|3[0-6])\}?")
 
