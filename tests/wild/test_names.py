@@ -16,8 +16,6 @@ from wild import lora, rename
 
 from mot_lora import fold_checkpoint, load_adapter, merge_adapters
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # its advice on tied weights and on merging
-
 TEXT: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -55,9 +53,11 @@ def made(make: Callable[[], t.PreTrainedModel]) -> t.PreTrainedModel:
     return model
 
 
-def logits(model: torch.nn.Module) -> Tensor:
+def logits(model: Any) -> Tensor:
+    ids = torch.arange(3, 27).view(2, -1)
+    decoder = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(3, 27).view(2, -1)).logits.float()
+        return model.eval()(input_ids=ids, **decoder).logits.float()
 
 
 def store(model: t.PreTrainedModel, folder: Path, how: Callable[[str], str] | None = None) -> Path:

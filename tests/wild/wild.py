@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def lora(
     if base:
         model.config._name_or_path = model.name_or_path = str(base)
     settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], **settings}
-    live = get_peft_model(model, LoraConfig(**settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on tied weights and Conv1D
+        live = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
         for name, p in live.named_parameters():
             if "lora_" in name:
