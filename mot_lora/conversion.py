@@ -61,12 +61,16 @@ class Conversion:
         return self._rename(name, self._renamings, [])[0]
 
     def name_for(self, parameter: str) -> str:
-        """What a parameter would be stored under in this checkpoint."""
-        name = parameter
-        for renaming in reversed(self._used):
-            name = renaming.reverse_transform().rename_source_key(name)[0]
-        found = self.way(name)
-        return name if found and found.parameter == parameter else parameter
+        """What a parameter would be stored under in this checkpoint: as its other tensors are named."""
+        older = parameter
+        for renaming in reversed(self._renamings):
+            older = renaming.reverse_transform().rename_source_key(older)[0]
+        begun = {name.partition(".")[0] for name in self.stored}
+        for name in (older, self._bare(older), parameter, self._bare(parameter)):
+            found = self.way(name)
+            if name.partition(".")[0] in begun and found and found.parameter == parameter:
+                return name
+        return parameter
 
     def parameters(self, way: Way) -> list[str]:
         """All parameters that are made together with that of `way`."""
@@ -134,13 +138,6 @@ class Conversion:
     @cached_property
     def _by_pattern(self) -> dict[str, Any]:
         return {pattern: converter for converter in self._converters for pattern in converter.source_patterns}
-
-    @cached_property
-    def _used(self) -> list[Any]:
-        """The renamings that some stored tensor needs."""
-        fresh = Conversion(self.model, self.stored)
-        assert fresh.ways is not None
-        return [mine for mine, other in zip(self._renamings, fresh._renamings, strict=True) if other.was_used()]
 
     @cached_property
     def _pieces(self) -> dict[str, dict[str, torch.Size]]:

@@ -220,27 +220,20 @@ class Layout:
                 continue
         raise UserError(f"{self.checkpoint.name}: has no {name}, which an adapter updates; is it their base?")
 
-    def tower(self, name: str) -> str:
-        """The submodel beside the text model (vision, audio) that a parameter, or a stored tensor, is of; or ""."""
+    def is_beside(self, name: str) -> bool:
+        """Whether a parameter, or a stored tensor, is of what stands beside the text model: one that sees or hears."""
         if self.conversion and name not in self.parameters and (way := self.conversion.way(name)):
             name = way.parameter
-        return next((tower for tower in self._towers if name.startswith(f"{tower}.")), "")
+        return bool(self._text) and not name.startswith(self._text)
 
     @cached_property
-    def _towers(self) -> list[str]:
-        from transformers import PreTrainedModel
-
-        if self.model is None:
-            return []
-        text = cast("Any", self.model).get_decoder()
-        return [
-            name
-            for name, part in self.model.named_modules()
-            if isinstance(part, PreTrainedModel)
-            and isinstance(text, PreTrainedModel)
-            and type(part.config) is not type(text.config)
-            and not any(m is text for m in part.modules())
-        ]
+    def _text(self) -> tuple[str, ...]:
+        """What the names of the text model's parameters and of its head begin with, where it is not all there is."""
+        model: Any = self.model
+        if model is None or model.config.is_encoder_decoder:
+            return ()
+        parts = (model.get_decoder(), model.get_output_embeddings())
+        return tuple(f"{n}." for n, m in model.named_modules() if n and any(m is part for part in parts))
 
     # --- and where it is stored ------------------------------------------------------------------
 

@@ -216,7 +216,7 @@ def check_complete(adapter: Adapter, layout: Layout, plain: bool) -> None:
     """UserError when an adapter's config asks for something of the base for which the adapter has nothing.
 
     The config speaks of the model that was trained: its names are the stored ones where the adapter's own are, and
-    those of this model otherwise. Of its other towers (vision, audio) an adapter may have nothing: a text model's.
+    those of this model otherwise. An adapter of the text model alone has nothing of what sees or hears beside it.
     """
     missing = _missing(adapter, layout.checkpoint.files, {f"{module}.weight" for module in adapter.updates})
     whole = any(adapter.targets.get(key) for key in ("modules_to_save", "target_parameters"))
@@ -227,8 +227,8 @@ def check_complete(adapter: Adapter, layout: Layout, plain: bool) -> None:
     stored = layout.checkpoint.files
     speaks_stored = any(n in stored and n not in layout.parameters for m in spots for n in (f"{m}.weight", m))
     own = stored if speaks_stored else sorted(layout.parameters)
-    towers = {layout.tower(name) for name in have} | {""}
-    if missing := [name for name in _missing(adapter, own, have) if layout.tower(name) in towers]:
+    beside = any(layout.is_beside(name) for name in have)
+    if missing := [name for name in _missing(adapter, own, have) if beside or not layout.is_beside(name)]:
         raise UserError(
             f"adapter `{adapter.name}`: its config asks for {missing[0]}, but it holds nothing for it; "
             "it is damaged or of another base"

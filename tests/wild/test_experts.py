@@ -149,9 +149,7 @@ def test_an_expert_that_is_missing_among_others_is_told(tmp_path: Path) -> None:
 def test_experts_of_gpt_oss_as_linear_layers(tmp_path: Path) -> None:
     """unslothai/unsloth-zoo takes gpt-oss' experts apart: gate_up_projs.0 is the transpose of gate_up_proj[0]."""
     model = made(
-        lambda: t.GptOssForCausalLM(
-            t.GptOssConfig(**TEXT, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
-        )
+        lambda: t.GptOssForCausalLM(t.GptOssConfig(**TEXT, head_dim=8, num_local_experts=4, num_experts_per_tok=2))
     )
     base = store(model, tmp_path / "base")
     where = {"gate_up_projs": "gate_up_proj", "down_projs": "down_proj"}

@@ -1,5 +1,6 @@
 """Models, adapters and checkpoints that name the same weights differently: what is folded computes what PEFT does."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from conftest import apart, change_config, stored
+from conftest import apart, change_config, change_tensors, stored
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from wild import lora, rename
+from wild import far, lora, rename
 
-from mot_lora import fold_checkpoint, load_adapter, merge_adapters
+from mot_lora import UserError, fold_checkpoint, load_adapter, merge_adapters
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,
@@ -282,3 +283,129 @@ def test_every_name_of_a_layer_of_a_vision_model_is_understood(family: str, tmp_
                 check(model, out, live)
                 want = stored(out)
             assert all(torch.equal(tensor, want[name]) for name, tensor in stored(out).items())
+
+
+# --- what else of a vision model an adapter may hold -----------------------------------------------------
+
+
+def tied(family: str) -> t.PreTrainedModel:
+    """A vision model that ties its head."""
+
+    def make() -> t.PreTrainedModel:
+        config = VLMS[family][0]().config
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+        return getattr(t, config.architectures[0] if config.architectures else CLASSES[family])(config)
+
+    return made(make)
+
+
+CLASSES = {"qwen2-vl": "Qwen2VLForConditionalGeneration", "gemma3": "Gemma3ForConditionalGeneration"}
+PARTS: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": r".*language_model.*q_proj|lm_head"},
+    "embedding": {"target_modules": r".*language_model.*q_proj|.*embed_tokens"},
+    "both": {"target_modules": r".*language_model.*q_proj|.*embed_tokens|lm_head"},
+    "tokens": {"target_modules": r".*language_model.*q_proj", "trainable_token_indices": {"embed_tokens": [3, 5, 9]}},
+    "copy": {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["norm", "embed_tokens"]},
+    "DoRA": {"target_modules": r".*language_model.*(q_proj|up_proj)", "use_dora": True},
+    "vision": {"target_modules": r".*(language_model|visual|vision_tower).*(q_proj|qkv|fc1)"},
+}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("part", PARTS)
+def test_tied_heads_copies_and_tokens_of_a_vision_model(family: str, part: str, tmp_path: Path) -> None:
+    """thinking-machines-lab/tinker-cookbook#593 in a model that also sees: the names are those of the model."""
+    model = tied(family)
+    base = store(model, tmp_path / "base")
+    live = lora(model, tmp_path / "a", save={"save_embedding_layers": False}, **PARTS[part])
+    with torch.no_grad():
+        for name, p in live.named_parameters():
+            if p.requires_grad and "lora_" not in name:
+                p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    live.save_pretrained(str(tmp_path / "a"), save_embedding_layers=False)
+    current = store(model, tmp_path / "current", str)
+    for where in (base, current):
+        out = tmp_path / f"{where.name} out"
+        folded(where, [tmp_path / "a"], out)
+        check(model, out, live)
+        apart_now = part in ("head", "embedding", "both", "copy")
+        said = json.loads((out / "config.json").read_text())
+        assert [said["tie_word_embeddings"], said["text_config"]["tie_word_embeddings"]] == [not apart_now] * 2
+        assert any(n.endswith("lm_head.weight") for n in stored(out)) is apart_now
+    head = {n for n in stored(tmp_path / "base out") if n.endswith("lm_head.weight")}
+    assert head <= {"language_model.lm_head.weight" if family == "gemma3" else "lm_head.weight"}  # in the file's names
+
+
+def test_adapters_of_two_times_are_merged_as_one(tmp_path: Path) -> None:
+    """One adapter in today's names and one in the older ones: of a linear merge both are a part."""
+    model = made(VLMS["qwen2-vl"][0])
+    base = store(model, tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        lora(model, tmp_path / name, seed=seed, target_modules=r".*language_model.*(q_proj|v_proj)")
+    want = folded(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "want", weights=[1, 3])
+    rename(tmp_path / "b", renaming({"model.language_model.": "model."}))
+    got = folded(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "got", weights=[1, 3])
+    assert far(got, want) < 1e-6
+    with pytest.raises(UserError, match="adapters of two layouts; save them alike"):
+        folded(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "ties", method="ties", density=0.5)
+
+
+def test_a_layer_that_is_missing_is_told_whatever_its_names(tmp_path: Path) -> None:
+    model = made(VLMS["qwen2-vl"][0])
+    base = store(model, tmp_path / "base")
+    lora(model, tmp_path / "new", target_modules=r".*language_model.*(q_proj|v_proj)")
+    change_config(tmp_path / "new", target_modules=["q_proj", "v_proj"])
+    change_tensors(tmp_path / "new", lambda x: [x.pop(k) for k in list(x) if "layers.1.self_attn.v_proj" in k])
+    old = Path(shutil.copytree(tmp_path / "new", tmp_path / "old"))
+    rename(old, renaming({"model.language_model.": "model."}))
+    for name, gone in (("new", "model.language_model.layers.1"), ("old", "model.layers.1")):
+        with pytest.raises(UserError, match=rf"config asks for {gone}\.self_attn\.v_proj\.weight"):
+            folded(base, [tmp_path / name], tmp_path / "out")
+
+
+# --- the text model alone --------------------------------------------------------------------------------
+
+
+def test_a_text_model_that_was_taken_out_of_a_vision_model(tmp_path: Path) -> None:
+    """Adapters of Gemma 3 as AutoModelForCausalLM of its time saw it, and of the whole, each on the other's file."""
+    whole = made(VLMS["gemma3"][0])
+    vision = store(whole, tmp_path / "vision")
+    text = t.Gemma3ForCausalLM(whole.config.text_config)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.tie_weights()
+    alone = store(text, tmp_path / "text")
+    targets = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["norm"]}
+    seen = {"target_modules": r".*language_model.*(q_proj|down_proj)"}
+    lives = {
+        "of the text": lora(text, tmp_path / "of the text", **targets),
+        "of both": lora(whole, tmp_path / "of both", **seen),
+    }
+    older = Path(shutil.copytree(tmp_path / "of both", tmp_path / "older"))
+    rename(older, renaming({"model.language_model.": "language_model.model."}))
+    for name, live in (*lives.items(), ("older", lives["of both"])):
+        for base, model in ((vision, whole), (alone, text)):
+            out = tmp_path / f"{name} {base.name}"
+            folded(base, [tmp_path / name], out)
+            check(model, out, live)
+
+
+def test_a_folder_that_names_no_class_or_one_whose_code_comes_with_it(tmp_path: Path) -> None:
+    """Without `architectures` the model's type says what it is; of code of its own the stored names are the model's."""
+    model = made(lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT)))
+    base = store(model, tmp_path / "base")
+    live = lora(
+        model, tmp_path / "a", target_modules=["q_proj", "o_proj", "lm_head"], save={"save_embedding_layers": False}
+    )
+    said = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**said, "architectures": None}))
+    folded(base, [tmp_path / "a"], tmp_path / "nameless")
+    check(model, tmp_path / "nameless", live)
+
+    code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    own = {**said, "architectures": ["XForCausalLM"], "model_type": "x", "auto_map": code}
+    (base / "config.json").write_text(json.dumps(own))
+    folded(base, [tmp_path / "a"], tmp_path / "own")
+    assert far(stored(tmp_path / "own"), stored(tmp_path / "nameless")) == 0
+    # squares alone: nothing shows whether they are turned
+    lora(model, tmp_path / "square", target_modules=["q_proj", "o_proj"])
+    folded(base, [tmp_path / "square"], tmp_path / "squares")
