@@ -189,24 +189,22 @@ def fold(
     }
     new = new or [0.0] * (len(ledger) - 1) + [1.0]
     placement = Placement.of(checkpoint, ledger)
-    names: dict[str, str] = {}
-    for module, shape in placement.shapes.items():
-        held = placement.places.get(module)
-        if not held or module not in layers or placement.stored(held[0]).shape not in (shape, shape[::-1]):
+    held = {m: names for unit, names in placement.places.items() for m in placement.units[unit]}
+    for module in placement.shapes:
+        if not held[module] or module not in layers:
             raise UserError(f"{checkpoint.name}: {module} is no linear layer of the model in memory")
-        names[module] = held[0]
 
     def read(module: str) -> Tensor:
-        return checkpoint.tensor(names[module], pinned=cast("Tensor", layers[module].weight).is_cuda)
+        name = held[module][0]
+        if placement.stored(name).shape != placement.shapes[module]:  # it is stored with others
+            return placement.layout.weight(module)
+        return checkpoint.tensor(name, pinned=cast("Tensor", layers[module].weight).is_cuda)
 
-    def turned(module: str, stored: Tensor) -> Tensor:
-        return stored if placement.plain else placement.layout.turned(module, stored)
-
-    modules = sorted(names, key=lambda module: checkpoint.where(names[module]))
+    modules = sorted(held, key=lambda module: checkpoint.where(held[module][0]))
     with closing(ahead(read, modules, AHEAD)) as stored:
         for module in modules:
             with enough_memory(f"folding {module}", f"end what else uses {model.device}; the same command goes on"):
-                yield _fold_module(module, layers[module], turned(module, next(stored)), ledger, new)
+                yield _fold_module(module, layers[module], next(stored), ledger, new)
 
 
 def _fold_module(

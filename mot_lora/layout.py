@@ -319,10 +319,6 @@ class Layout:
         pieces = {p: self.checkpoint.tensor(self._held(p)[0]).to(dtype) for p in self._conversion.pieces(way)}
         return self._converted(way, pieces, together=True)[name]
 
-    def turned(self, module: str, tensor: Tensor) -> Tensor:
-        """A module's stored weight as [out, in]."""
-        return self._turned(self.spot(module), tensor)
-
     def _turned(self, spot: Spot, tensor: Tensor) -> Tensor:
         """A parameter's update, [out, in], as the model stores it; and the other way round."""
         owner = None if self.model is None else self.model.get_submodule(spot.name.rpartition(".")[0])

@@ -154,6 +154,8 @@ class LiveBase:
         if getattr(self.modules.get(module), "merged", False):
             raise UserError(f"{module}: adapters are merged into its weights; call the model's unmerge_adapter() first")
         if module in self.modules:
-            return read_weight(self.module(module)).to(dtype)
+            layer = self.module(module)
+            weight = read_weight(layer)
+            return (weight.T if type(layer).__name__ == "Conv1D" else weight).to(dtype)
         owner, _, parameter = module.rpartition(".")
         return getattr(self.module(owner), parameter).detach().to(dtype)

@@ -8,7 +8,6 @@ from bitsandbytes.autograd._functions import MatmulLtState
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -26,8 +25,6 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesCo
 def dense(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """A linear layer's weights, dequantized, [out, in] in `dtype`; what is in it already is not copied."""
     weight = cast("Any", layer.weight)
-    if isinstance(layer, Conv1D):
-        return weight.detach().T.to(dtype)
     if isinstance(layer, Linear4bit):
         return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     if isinstance(layer, Linear8bitLt):
@@ -66,7 +63,7 @@ def write_weight(layer: nn.Module, value: Tensor) -> None:
             old.copy_(new)
     else:
         with torch.no_grad():
-            weight.copy_(value.T if isinstance(layer, Conv1D) else value)
+            weight.copy_(value)
 
 
 def _int8(layer: Linear8bitLt) -> tuple[Tensor, Tensor]:

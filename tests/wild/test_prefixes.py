@@ -10,8 +10,15 @@ import torch
 import transformers as t
 from conftest import stored
 from safetensors.torch import save_file
-from test_names import TEXT, check, folded, made, store
+from test_names import TEXT, VLMS, check, folded, made, store
 from wild import lora
+
+from mot_lora.base import fold, load_model
+from mot_lora.branch import add_adapter
+from mot_lora.checkpoint import Checkpoint
+from mot_lora.config import LoraConfig
+from mot_lora.lowrank import Adapter, Factors
+from mot_lora.merged import combine
 
 TINY: dict[str, Any] = {k: TEXT[k] for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 GPT2 = t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **TINY)
@@ -142,3 +149,46 @@ def test_embeddings_that_encoder_decoder_and_head_share(family: str, target: str
     )  # fmt: skip
     folded(base, [tmp_path / "a"], tmp_path / "out")
     check(model, tmp_path / "out", live)
+
+
+# --- the student of a run --------------------------------------------------------------------------------
+
+
+def gemma3() -> t.PreTrainedModel:
+    return VLMS["gemma3"][0]()
+
+
+def fused() -> t.PreTrainedModel:
+    return t.HrmTextForCausalLM(t.HrmTextConfig(**TEXT, head_dim=8))
+
+
+STUDENTS: dict[str, tuple[Callable[[], t.PreTrainedModel], Callable[[str], str] | None]] = {
+    "without prefix": (MODELS["llama"][0], lambda n: n.removeprefix("model.")),
+    "one that also sees": (gemma3, None),
+    "stored in wider tensors": (fused, None),
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_in_memory_is_folded_from_the_names_of_its_file(name: str, tmp_path: Path) -> None:
+    make, how = STUDENTS[name]
+    base = store(made(make), tmp_path / "base", how)
+    checkpoint = Checkpoint.open(base)
+    model = load_model(checkpoint, "none", torch.device("cpu"))
+    live = add_adapter(model, LoraConfig(r=2, alpha=4, target_modules=r".*layers.*(q_proj|up_proj)"))
+    before = {n: p.detach().clone() for n, p in live.get_base_model().named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    updates = {
+        n.removesuffix(".base_layer.weight"): Factors(
+            torch.randn(2, p.shape[1], generator=generator), torch.randn(p.shape[0], 2, generator=generator)
+        )
+        for n, p in before.items()
+        if n.endswith(".base_layer.weight") and "vision" not in n
+    }
+    assert len(updates) >= 4
+    done = {f.module: f for f in fold(live, checkpoint, [combine([Adapter("a", updates)])])}
+    assert done.keys() == updates.keys()
+    for n, p in live.get_base_model().named_parameters():
+        update = updates.get(n.removesuffix(".base_layer.weight"))
+        want = before[n] + update.delta() if update else before[n]
+        torch.testing.assert_close(p, want, rtol=1e-5, atol=1e-5)
