@@ -4,7 +4,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +14,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from mot_lora.ahead import ahead
 from mot_lora.attention import needs_repeating, repeat_shared_heads
@@ -22,6 +21,7 @@ from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.driver import driver_version, expandable_segments, why_unused
 from mot_lora.errors import NO_MEMORY, UserError, enough_memory, is_out_of_memory
+from mot_lora.loading import without_bars
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.records import DeviceRecord
@@ -112,7 +112,7 @@ def from_pretrained(
     before = _times_out_of_memory(device)
     logger.addFilter(keep)
     try:
-        with warnings.catch_warnings(), _without_bars(), checkpoint.alone() as folder:
+        with warnings.catch_warnings(), without_bars(), checkpoint.alone() as folder:
             warnings.simplefilter("ignore", FutureWarning)
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -138,18 +138,6 @@ def from_pretrained(
 
 def _times_out_of_memory(device: torch.device) -> int:
     return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep back the bar that transformers shows for loaded tensors; progress has its own seam here."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 # --- folding -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
 from mot_lora.records import KeptRecord
-from mot_lora.tensorfile import TensorFile, write_tensors
+from mot_lora.tensorfile import TensorFile, is_finite, write_tensors
 from mot_lora.verify import verify_placement
 
 FORMAT = ("dtype", "torch_dtype")  # in a config; the second for readers before transformers 4.56
@@ -82,27 +82,31 @@ def fold_placement(
 def _write(p: Placement, out: Path, progress: Progress) -> KeptRecord:
     done, total = 0, sum(map(len, p.files.values()))
     sums: dict[str, tuple[float, float]] = {}
+    odd = list[str]()
     for file, names in p.files.items():
         entries = {n: (p.dtype_of(n)[0], p.stored(n).shape) for n in names}
 
         def counted(names: list[str] = names) -> Iterator[tuple[str, Tensor | TensorFile]]:
             nonlocal done
-            for pair in _tensors(p, names, sums):
+            for pair in _tensors(p, names, sums, odd):
                 yield pair
                 done += 1
                 progress("write", done, total)
 
-        write_tensors(out / file, entries, counted())
+        odd.extend(write_tensors(out / file, entries, counted()))
+    if odd:
+        more = f" and {len(odd) - 1} more" if odd[1:] else ""
+        remark(f"{p.checkpoint.name}: {odd[0]}{more} holds inf or NaN, the base's own, which are written as they are")
     _companions(p, out)
     return KeptRecord.of(sums)
 
 
 def _tensors(
-    p: Placement, names: Sequence[str], sums: dict[str, tuple[float, float]]
+    p: Placement, names: Sequence[str], sums: dict[str, tuple[float, float]], odd: list[str]
 ) -> Iterator[tuple[str, Tensor | TensorFile]]:
     """The tensors of one file as they are to be; those of one module one after the other.
 
-    Adds up each layer's <change, D> and |D|^2 in `sums`.
+    Adds up each layer's <change, D> and |D|^2 in `sums`, and to `odd` what is cast and not finite in the base itself.
     """
     module_of = {name: module for module, places in p.places.items() for name in places}
     here = set(names)
@@ -112,17 +116,33 @@ def _tensors(
             if name in here:
                 to, exact = p.dtype_of(name)
                 pieces = pieces or p.pieces(module, exact)
-                folded, kept, square = _round(p.read(name), pieces[name], to, exact)
-                if to == torch.float16 and not folded.isfinite().all():
-                    raise UserError(f"{name}: its numbers are too large for float16; write bfloat16 or float32")
+                folded, kept, square = _round(base := p.read(name), pieces[name], to, exact)
+                if not math.isfinite(kept) and not _is_finite(name, base, folded):
+                    raise UserError(
+                        f"{p.checkpoint.name}: {name}, which is updated, holds inf or NaN in the base itself; give a "
+                        "base that is whole"
+                    )
                 before = sums.get(layer := layer_of(module), (0.0, 0.0))
                 sums[layer] = before[0] + kept, before[1] + square
                 yield name, folded
     for name in names:
         if name not in module_of:
             file = p.checkpoint.files.get(name)
-            same = file is not None and name not in p.untied and p.dtype_of(name)[0] == p.stored(name).dtype
-            yield name, file if file is not None and same else p.read(name).to(p.dtype_of(name)[0])
+            to = p.dtype_of(name)[0]
+            if file is not None and name not in p.untied and to == p.stored(name).dtype:
+                yield name, file
+            else:
+                cast_to = (base := p.read(name)).to(to)
+                odd += [] if _is_finite(name, base, cast_to) else [name]
+                yield name, cast_to
+
+
+def _is_finite(name: str, base: Tensor, written: Tensor) -> bool:
+    """Whether a tensor is finite in the base. Errors: UserError where it is, and is not so in what is written."""
+    if is_finite(written) or not is_finite(base):
+        return is_finite(base)
+    to = str(written.dtype).removeprefix("torch.")
+    raise UserError(f"{name}: its numbers are too large for {to}; write bfloat16 or float32")
 
 
 def _round(base: Tensor, delta: Tensor, to: torch.dtype, exact: torch.dtype) -> tuple[Tensor, float, float]:

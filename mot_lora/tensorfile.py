@@ -111,32 +111,37 @@ class TensorFile:
         for name, entry in [*sorted(self.entries.items(), key=lambda item: item[1].start), ("", None)]:
             if run and (entry is None or entry.dtype != run[0][1].dtype or entry.end - run[0][1].start > RUN):
                 whole = Entry(run[0][1].dtype, (-1,), run[0][1].start, run[-1][1].end)
-                if not _is_finite(self._read(whole, "")):
-                    return next(n for n, e in run if not _is_finite(self._read(e, n)))
+                if not is_finite(self._read(whole, "")):
+                    return next(n for n, e in run if not is_finite(self._read(e, n)))
                 run = []
             if entry is not None and entry.start < entry.end:
                 run.append((name, entry))
         return None
 
-    def copy(self, name: str, to: IO[bytes]) -> None:
-        """Write one tensor's bytes where an open file stands."""
-        entry = self.entries[name]
+    def copy(self, name: str, to: IO[bytes]) -> bool:
+        """Write one tensor's bytes where an open file stands; whether its numbers are all finite."""
+        entry, finite = self.entries[name], True
         for start in range(entry.start, entry.end, RUN):
-            part = Entry(torch.uint8, (-1,), start, min(start + RUN, entry.end))
-            _write(to, self._read(part, name))
+            part = self._read(Entry(entry.dtype, (-1,), start, min(start + RUN, entry.end)), name)
+            finite = finite and is_finite(part)
+            _write(to, part)
+        return finite
 
 
 def write_tensors(
     path: str | Path,
     entries: Mapping[str, tuple[torch.dtype, Iterable[int]]],
     tensors: Iterable[tuple[str, Tensor | TensorFile]],
-) -> None:
+) -> list[str]:
     """Write a safetensors file from what is to be in it and then the tensors themselves, one at a time in any order.
 
     A TensorFile in place of a tensor stands for its tensor of that name, copied as it is.
 
+    Returns those that were copied and hold an infinity or a NaN.
+
     Errors: ValueError when a tensor is not what its entry says, or is missing.
     """
+    not_finite = list[str]()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in entries.items():
@@ -154,7 +159,7 @@ def write_tensors(
             start, _ = header[name]["data_offsets"]
             file.seek(8 + len(text) + start)
             if isinstance(tensor, TensorFile):
-                tensor.copy(name, file)
+                not_finite += [] if tensor.copy(name, file) else [name]
             else:
                 data = tensor.detach().to("cpu").contiguous()
                 if (CODES[data.dtype], list(data.shape)) != (header[name]["dtype"], header[name]["shape"]):
@@ -163,11 +168,15 @@ def write_tensors(
             left.discard(name)
     if left:
         raise ValueError(f"no tensor was given for {sorted(left)}")
+    return not_finite
 
 
-def _is_finite(values: Tensor) -> bool:
-    wide = values.float() if values.dtype.itemsize == 1 and values.is_floating_point() else values
-    return bool(wide.isfinite().all())
+def is_finite(values: Tensor) -> bool:
+    """Whether all of a tensor's numbers are finite: its ends are, which is several times as fast as to ask each."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    wide = values.float() if values.dtype.itemsize == 1 else values
+    return all(bool(end.isfinite()) for end in torch.aminmax(wide))  # a NaN is both
 
 
 def _write(file: IO[bytes], tensor: Tensor) -> None:

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.errors import UserError
+from mot_lora.errors import UserError, remark
+from mot_lora.loading import Loaded, load
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
 from mot_lora.records import VerifiedTensor, VerifyRecord
+from mot_lora.tensorfile import is_finite
 
 SLACK = 0.01  # units of rounding that sums in fp32 may add to the rounding itself
 ROWS = 1 << 22  # entries that are compared at once
@@ -38,6 +41,8 @@ def verify_checkpoint(
 def verify_placement(p: Placement, out: Path, progress: Progress = silent) -> VerifyRecord:
     """Read what was written, and hold every tensor against what it should be."""
     written = Checkpoint.open(out)
+    if written.remarks:
+        raise UserError(f"{written.remarks[0]}; fold again")
     names = {name for listed in p.files.values() for name in listed}
     if wrong := names ^ set(written.files):
         raise UserError(f"{out}: {min(wrong)} is missing, or should not be there; fold again")
@@ -57,15 +62,41 @@ def verify_placement(p: Placement, out: Path, progress: Progress = silent) -> Ve
             found[name] = _compare(written.tensor(name), p.read(name), pieces[name])
             progress("verify", len(found), len(names))
             if not found[name].error <= 1 + SLACK:
+                if not is_finite(p.read(name)):
+                    raise UserError(
+                        f"{out}: {name} holds inf or NaN, as in {p.checkpoint.name} itself; give a base that is whole"
+                    )
                 raise UserError(
                     f"{out}: {name} is {found[name].error:.3g} units of rounding from W_0 + D; fold again, and "
                     "if it stays, the disk or memory is faulty"
                 )
     for done, name in enumerate(sorted(names - set(found)), len(found) + 1):
-        if not torch.equal(written.tensor(name), p.read(name).to(p.dtype_of(name)[0])):
+        if not _same(written.tensor(name), p.read(name).to(p.dtype_of(name)[0])):
             raise UserError(f"{out}: {name} is not the base's; fold again, and if it stays, the disk is faulty")
         progress("verify", done, len(names))
+    _check_loading(p, written)
     return VerifyRecord(tensors=found, untouched=len(names) - len(found))
+
+
+def _check_loading(p: Placement, written: Checkpoint) -> None:
+    """Whether transformers finds all of its model in what was written, and nothing that it did not find in the base."""
+    found = load(written)
+    if found is None:
+        kind = ", ".join(written.config.get("architectures") or ["?"])
+        remark(f"{written.path}: transformers has no `{kind}`; its tensors are those of {p.checkpoint.name}, not tried")
+        return
+    if lost := found.missing | found.mismatched:
+        raise UserError(
+            f"{written.path}: transformers finds no {min(lost)} in it, as in {p.checkpoint.name}, and would fill it at "
+            "random; give a base that is whole"
+        )
+    if found.unexpected and (added := found.unexpected - cast("Loaded", load(p.checkpoint)).unexpected):
+        raise UserError(f"{written.path}: transformers finds no place for {min(added)}; fold again")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are alike bit by bit: a NaN is like itself."""
+    return a.shape == b.shape and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def _compare(written: Tensor, base: Tensor, delta: Tensor) -> VerifiedTensor:

@@ -224,7 +224,7 @@ def test_the_config_says_what_was_written(bases: dict[str, Path], tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == (dtype or torch.float32)
     config = json.loads((out / "config.json").read_text())
-    assert ("torch_dtype" in config) is (dtype is None)
+    assert config["torch_dtype"] == str(dtype or torch.float32).removeprefix("torch.")
     assert {k: v for k, v in config.items() if "dtype" not in k} == {k: v for k, v in said.items() if "dtype" not in k}
 
 

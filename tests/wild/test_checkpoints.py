@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from wild import far, llama, lora
 
-from mot_lora import UserError, fold_checkpoint, merge_adapters
+from mot_lora import UserError, fold_checkpoint, merge_adapters, verify_checkpoint
 from mot_lora.base import from_pretrained
 from mot_lora.checkpoint import INDEX_FILE, Checkpoint
 from mot_lora.companions import NOT_DOWNLOADED, companions
+from mot_lora.errors import Remark
 
 Call = Callable[..., tuple[int, str, str]]
 Q = "model.layers.0.self_attn.q_proj"
@@ -425,7 +426,8 @@ def test_a_model_with_code_of_its_own_loads_as_its_base_did(
         "from transformers import LlamaForCausalLM\nfrom .own_configuration import OwnConfig\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", verify=True)
+    with pytest.warns(Remark, match="transformers has no `OwnForCausalLM`"):
+        fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", verify=True)
     assert far(loaded(tmp_path / "out", trust_remote_code=True), plus(weights(made / "base"), made / "a")) < 1e-6
     assert far(in_training(path, trust_remote_code=True), weights(made / "base")) == 0
 
@@ -452,3 +454,114 @@ def test_a_config_says_what_was_written_to_old_and_new_readers(
     fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "same")
     config = json.loads((tmp_path / "same" / "config.json").read_text())
     assert {k: v for k, v in config.items() if k in ("dtype", "torch_dtype")} == said
+
+
+def test_a_cast_that_overflows_in_a_tensor_that_no_adapter_updates_is_refused(
+    made: Path, copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = copy()
+    save_file(weights(path) | {"model.norm.weight": torch.full((32,), 1e5)}, path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight: its numbers are too large for float16"):
+        fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+    fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", dtype=torch.bfloat16, verify=True)
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------
+
+
+def broken(path: Path, name: str, number: float, dtype: torch.dtype | None = None) -> None:
+    """Put a number that is not finite into a base."""
+    tensors = {n: t.to(dtype or t.dtype) for n, t in weights(path).items()}
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_that_is_not_finite_where_it_is_updated_is_refused_as_itself(
+    made: Path, copy: Callable[..., Path], tmp_path: Path, number: float, dtype: torch.dtype
+) -> None:
+    """Neither the disk nor the memory, nor a format that is too small, is to blame."""
+    path = copy()
+    broken(path, f"{Q}.weight", number, dtype)
+    with pytest.raises(UserError, match=rf"{Q}\.weight, which is updated, holds inf or NaN in the base itself"):
+        fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", verify=True)
+    shutil.copytree(path, tmp_path / "out")
+    with pytest.raises(UserError, match=rf"{Q}\.weight holds inf or NaN, as in .*model itself"):
+        verify_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", [None, torch.bfloat16, torch.float16])
+def test_numbers_that_are_not_finite_elsewhere_are_told_and_kept(
+    made: Path, copy: Callable[..., Path], tmp_path: Path, to: torch.dtype | None
+) -> None:
+    path = copy()
+    broken(path, "model.embed_tokens.weight", float("nan"))
+    with pytest.warns(Remark, match=r"model\.embed_tokens\.weight holds inf or NaN, the base's own"):
+        fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", dtype=to, verify=True)
+    written = weights(tmp_path / "out")["model.embed_tokens.weight"]
+    assert written.view(-1)[-1].isnan()
+    assert written.isnan().sum() == 1
+
+
+# --- what was written, as a loader of it sees it ------------------------------------------------------------
+
+
+def test_a_base_that_lacks_a_tensor_is_told_by_verify(made: Path, copy: Callable[..., Path], tmp_path: Path) -> None:
+    """huggingface/transformers fills it at random, with a warning in a log."""
+    path = copy()
+    tensors = weights(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"transformers finds no model\.layers\.1\.mlp\.up_proj\.weight in it"):
+        fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", verify=True)
+
+
+def test_what_transformers_does_not_need_of_a_base_is_no_fault_of_what_was_written(
+    made: Path, copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Layers for prediction of several tokens (DeepSeek-V3), and buffers that older versions stored."""
+    path = copy()
+    more = {
+        "model.layers.2.eh_proj.weight": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(weights(path) | more, path / "model.safetensors", metadata={"format": "pt"})
+    fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", verify=True)
+    assert far(weights(tmp_path / "out"), plus(weights(path), made / "a")) < 1e-6
+
+
+def rename_norm(path: Path) -> None:
+    tensors = weights(path)
+    tensors["model.norm_.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_adapter(path: Path) -> None:
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def other_config(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (rename_norm, r"model\.norm\.?_?\.weight is missing, or should not be there"),
+        (add_adapter, "the adapter in the model's folder is no part of it"),
+        (other_config, r"transformers finds no model\.layers\.2\.input_layernorm\.weight in it"),
+        (beside_old_shards, "beside it is not read; fold again"),
+    ],
+)
+def test_verify_sees_what_a_loader_would(made: Path, tmp_path: Path, change: Callable[..., None], words: str) -> None:
+    merged = merge_adapters([made / "a"])
+    fold_checkpoint(made / "base", merged, tmp_path / "out")
+    kept = (tmp_path / "out" / "model.safetensors").read_bytes()
+    change(tmp_path / "out", made) if change is beside_old_shards else change(tmp_path / "out")
+    if change is beside_old_shards:
+        (tmp_path / "out" / "model.safetensors").write_bytes(kept)
+    with pytest.raises(UserError, match=words):
+        verify_checkpoint(made / "base", merged, tmp_path / "out")
