@@ -196,7 +196,7 @@ class Checkpoint:
         if method := method_of(self.stored_config):
             old.insert(0, f"the quantization ({method}) in config.json")
         if old:
-            remarks.append(f"{self.name}: {' and '.join(old)} will not be written: the weights are not quantized")
+            remarks.append(f"{self.name}: {' and '.join(old)} left out: the weights are not quantized")
         return remarks
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mot_lora.checkpoint import Checkpoint
+from mot_lora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Loaded | N
 
     dtype: what to load it in; what it is stored in unless given.
 
+    Errors: UserError for what cannot be loaded.
+
     >>> load(Checkpoint.open("Qwen/Qwen3-0.6B")).missing  # doctest: +SKIP
     frozenset()
     """
@@ -34,21 +37,25 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Loaded | N
     kind: Any = getattr(transformers, (checkpoint.config.get("architectures") or ["?"])[0], None)
     if kind is None:
         return None
+    tensors = {
+        name: torch.empty(file.entries[name].shape, dtype=file.entries[name].dtype, device="meta")
+        for name, file in checkpoint.files.items()
+    }
     with _silent(), without_bars(), checkpoint.alone() as folder:
-        config = cast("Any", transformers.AutoConfig).from_pretrained(folder)
-        tensors = {
-            name: torch.empty(file.entries[name].shape, dtype=file.entries[name].dtype, device="meta")
-            for name, file in checkpoint.files.items()
-        }
-        model, said = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype or "auto",
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        try:
+            model, said = kind.from_pretrained(
+                None,
+                config=cast("Any", transformers.AutoConfig).from_pretrained(folder),
+                state_dict=tensors,
+                dtype=dtype or "auto",
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as e:  # whatever a model's class, a package that it wants, or a conversion raises
+            raise UserError(
+                f"{checkpoint.name}: transformers cannot load it: {[*str(e).splitlines(), repr(e)][0]}"
+            ) from e
     mismatched = {key for key, *_ in said["mismatched_keys"]}
     return Loaded(model, frozenset(said["missing_keys"]), frozenset(said["unexpected_keys"]), frozenset(mismatched))
 

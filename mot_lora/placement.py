@@ -11,6 +11,7 @@ from torch import Tensor
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.errors import UserError
 from mot_lora.layout import Layout, Spot
+from mot_lora.loading import load
 from mot_lora.lowrank import Adapter
 from mot_lora.merged import Merged
 from mot_lora.targets import ends, is_target, is_within
@@ -188,8 +189,28 @@ class Placement:
         source = self.untied.get(name, name)
         stored = self.checkpoint.files[source].entries[source].dtype
         to = self.dtype if self.dtype and stored.is_floating_point else stored
+        if to != stored and source in self.kept:
+            to = torch.float32
         exact = torch.float64 if torch.float32 in (stored, to) or torch.float64 in (stored, to) else torch.float32
         return to, exact
+
+    @cached_property
+    def kept(self) -> set[str]:
+        """The stored tensors that transformers holds in fp32 where it loads the model in `dtype`: routers' corrections.
+
+        Where it cannot tell, those that a model of 16 bits stores in fp32.
+        """
+        try:
+            loaded = load(self.checkpoint, self.dtype)
+        except UserError:
+            loaded = None
+        if loaded is None:
+            formats = {name: file.entries[name].dtype for name, file in self.checkpoint.files.items()}
+            is_mixed = any(dtype in (torch.bfloat16, torch.float16) for dtype in formats.values())
+            return {name for name, dtype in formats.items() if is_mixed and dtype == torch.float32}
+        held = {name: t.dtype for name, t in loaded.model.state_dict().items()}
+        ways = self.layout.conversion.ways if self.layout.conversion else {}
+        return {name for name, way in ways.items() if held.get(way.parameter) == torch.float32 != self.dtype}
 
     @cached_property
     def files(self) -> dict[str, list[str]]:

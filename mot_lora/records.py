@@ -340,10 +340,15 @@ class VerifiedTensor(Record):
 
 
 class VerifyRecord(Record):
-    """What reading a folded checkpoint back found: every updated tensor, and how many others are the base's own."""
+    """What reading a folded checkpoint back found: every updated tensor, and how many others are the base's own.
+
+    `loaded`: whether transformers could be asked, and finds all of its model; it has not the class of a model with code
+    of its own.
+    """
 
     tensors: dict[str, VerifiedTensor]
     untouched: int
+    loaded: bool
 
     @property
     def error(self) -> float:

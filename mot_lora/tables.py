@@ -51,6 +51,8 @@ def save_table(record: SaveRecord) -> Table:
 def verify_table(record: VerifyRecord) -> Table:
     """What was read back of a folded checkpoint: the tensors with the largest errors."""
     title = f"read back: {len(record.tensors)} tensors updated, {record.untouched} the base's own"
+    if not record.loaded:
+        title += "; not loaded, its class is not transformers'"
     out = _table(title, ("tensor", "|D|", "survived", "largest error, in units of rounding"))
     worst = sorted(record.tensors, key=lambda t: -record.tensors[t].error)
     for name in worst[:SHOWN]:

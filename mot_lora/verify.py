@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mot_lora.checkpoint import Checkpoint
-from mot_lora.errors import UserError, remark
+from mot_lora.errors import UserError
 from mot_lora.loading import Loaded, load
 from mot_lora.merged import Merged
 from mot_lora.placement import Placement
@@ -74,17 +74,17 @@ def verify_placement(p: Placement, out: Path, progress: Progress = silent) -> Ve
         if not _same(written.tensor(name), p.read(name).to(p.dtype_of(name)[0])):
             raise UserError(f"{out}: {name} is not the base's; fold again, and if it stays, the disk is faulty")
         progress("verify", done, len(names))
-    _check_loading(p, written)
-    return VerifyRecord(tensors=found, untouched=len(names) - len(found))
+    loaded = _check_loading(p, written)
+    return VerifyRecord(tensors=found, untouched=len(names) - len(found), loaded=loaded)
 
 
-def _check_loading(p: Placement, written: Checkpoint) -> None:
-    """Whether transformers finds all of its model in what was written, and nothing that it did not find in the base."""
+def _check_loading(p: Placement, written: Checkpoint) -> bool:
+    """Whether transformers has the model's class. UserError where it does not find all of the model in what was
+    written, or what it did not find in the base.
+    """
     found = load(written)
     if found is None:
-        kind = ", ".join(written.config.get("architectures") or ["?"])
-        remark(f"{written.path}: transformers has no `{kind}`; its tensors are those of {p.checkpoint.name}, not tried")
-        return
+        return False
     if lost := found.missing | found.mismatched:
         raise UserError(
             f"{written.path}: transformers finds no {min(lost)} in it, as in {p.checkpoint.name}, and would fill it at "
@@ -92,6 +92,7 @@ def _check_loading(p: Placement, written: Checkpoint) -> None:
         )
     if found.unexpected and (added := found.unexpected - cast("Loaded", load(p.checkpoint)).unexpected):
         raise UserError(f"{written.path}: transformers finds no place for {min(added)}; fold again")
+    return True
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

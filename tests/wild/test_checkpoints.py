@@ -10,8 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from wild import far, llama, lora
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
+from wild import far, jsonl, llama, lora, recipe, rows, student
 
 from mot_lora import UserError, fold_checkpoint, merge_adapters, verify_checkpoint
 from mot_lora.base import from_pretrained
@@ -257,7 +264,7 @@ def test_what_a_config_says_of_16_bit_weights_is_not_believed(
     path = copy(**config)
     status, _, err = call("fold", path, made / "a", "--out", tmp_path / "out")
     assert status == 0, err
-    assert ("in config.json will not be written: the weights are not quantized" in err) == told
+    assert ("in config.json left out: the weights are not quantized" in err) == told
     assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
     assert far(loaded(tmp_path / "out"), plus(weights(made / "base"), made / "a")) < 1e-6
     assert far(in_training(path), weights(made / "base")) == 0
@@ -269,7 +276,7 @@ def test_files_of_a_quantization_that_was_undone_do_not_travel(
     path = copy()
     (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     _, _, err = call("fold", path, made / "a", "--out", tmp_path / "out")
-    assert "hf_quant_config.json will not be written" in err
+    assert "hf_quant_config.json left out" in err
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 
 
@@ -426,8 +433,9 @@ def test_a_model_with_code_of_its_own_loads_as_its_base_did(
         "from transformers import LlamaForCausalLM\nfrom .own_configuration import OwnConfig\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    with pytest.warns(Remark, match="transformers has no `OwnForCausalLM`"):
-        fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", verify=True)
+    merged = merge_adapters([made / "a"])
+    fold_checkpoint(path, merged, tmp_path / "out", verify=True)
+    assert not verify_checkpoint(path, merged, tmp_path / "out").loaded
     assert far(loaded(tmp_path / "out", trust_remote_code=True), plus(weights(made / "base"), made / "a")) < 1e-6
     assert far(in_training(path, trust_remote_code=True), weights(made / "base")) == 0
 
@@ -565,3 +573,95 @@ def test_verify_sees_what_a_loader_would(made: Path, tmp_path: Path, change: Cal
         (tmp_path / "out" / "model.safetensors").write_bytes(kept)
     with pytest.raises(UserError, match=words):
         verify_checkpoint(made / "base", merged, tmp_path / "out")
+
+
+# --- what a class keeps in fp32 -----------------------------------------------------------------------------
+
+
+def test_what_a_class_keeps_in_fp32_stays_so_where_transformers_keeps_it(tmp_path: Path) -> None:
+    """huggingface/transformers#42580, vllm-project/vllm#23640, intel/auto-round#845: e_score_correction_bias."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 16}
+    ropes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **experts, **ropes))
+    model.save_pretrained(tmp_path / "base")
+    lora(model, tmp_path / "a", base=tmp_path / "base", target_modules=["o_proj"])
+    merged = merge_adapters([tmp_path / "a"])
+    for dtype in (torch.bfloat16, torch.float16):
+        out = tmp_path / str(dtype)
+        fold_checkpoint(tmp_path / "base", merged, out, dtype=dtype, verify=True)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype).save_pretrained(tmp_path / "theirs")
+        theirs = {name: t.dtype for name, t in weights(tmp_path / "theirs").items()}
+        assert {name: t.dtype for name, t in weights(out).items()} == theirs
+        assert set(theirs.values()) == {dtype, torch.float32}
+    fold_checkpoint(tmp_path / "theirs", merged, tmp_path / "same", verify=True)
+    assert {name: t.dtype for name, t in weights(tmp_path / "same").items()} == theirs
+
+
+def test_some_is_kept_in_fp32_from_fp16_alone(tmp_path: Path) -> None:
+    """`_keep_in_fp32_modules`: huggingface/transformers#20287."""
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2))
+    model.save_pretrained(tmp_path / "base")
+    lora(model, tmp_path / "a", base=tmp_path / "base", target_modules=["key"], task_type=None)
+    merged, written = merge_adapters([tmp_path / "a"]), dict[torch.dtype, dict[str, Tensor]]()
+    for dtype in (torch.bfloat16, torch.float16):
+        written[dtype] = weights(fold_checkpoint(tmp_path / "base", merged, tmp_path / str(dtype), dtype=dtype))
+    assert {n for n, t in written[torch.float16].items() if t.dtype == torch.float32} == {
+        f"rwkv.blocks.{i}.attention.{name}" for i in range(2) for name in ("time_decay", "time_first")
+    }
+    assert {t.dtype for t in written[torch.bfloat16].values()} == {torch.bfloat16}
+
+
+def test_of_a_class_that_transformers_has_not_what_stands_out_in_fp32_is_kept(
+    made: Path, copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = copy(architectures=["SomebodysForCausalLM"], tie_word_embeddings=False)
+    merged = merge_adapters([made / "a"])
+    all_fp32 = weights(fold_checkpoint(path, merged, tmp_path / "all", dtype=torch.bfloat16))
+    assert {t.dtype for t in all_fp32.values()} == {torch.bfloat16}
+    mixed = {n: t if n == "model.norm.weight" else t.to(torch.bfloat16) for n, t in weights(path).items()}
+    save_file(mixed, path / "model.safetensors", metadata={"format": "pt"})
+    out = weights(fold_checkpoint(path, merged, tmp_path / "mixed", dtype=torch.float16))
+    assert {n for n, t in out.items() if t.dtype != torch.float16} == {"model.norm.weight"}
+
+
+def test_whole_numbers_are_left_as_they_are(made: Path, copy: Callable[..., Path], tmp_path: Path) -> None:
+    path = copy()
+    more = {"model.counts": torch.arange(6), "model.mask": torch.ones(3, 3, dtype=torch.bool)}
+    save_file(weights(path) | more, path / "model.safetensors", metadata={"format": "pt"})
+    out = fold_checkpoint(path, merge_adapters([made / "a"]), tmp_path / "out", dtype=torch.bfloat16, verify=True)
+    assert all(torch.equal(weights(out)[name], t) and weights(out)[name].dtype == t.dtype for name, t in more.items())
+
+
+# --- through a run ------------------------------------------------------------------------------------------
+
+
+def test_a_run_trains_on_the_model_alone_and_exports_it(call: Call, tmp_path: Path) -> None:
+    """An adapter beside the student, a quantization that was undone, an index without metadata."""
+    path = tmp_path / "student"
+    student(path)
+    made = llama(path, vocab_size=len(AutoTokenizer.from_pretrained(path)))
+    lora(made, tmp_path / "stray", seed=7)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "stray" / name, path)
+    (path / "model.safetensors").unlink()
+    made.save_pretrained(path, max_shard_size="40KB")
+    without = json.loads((path / INDEX_FILE).read_text())["weight_map"]
+    (path / INDEX_FILE).write_text(json.dumps({"weight_map": without}))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": LEFT}))
+    settings = {"branch": {"steps": 1}, "eval": {"holdout": 0.2}}
+    status, _, err = call("run", recipe(tmp_path, path, jsonl(tmp_path / "one.jsonl", rows(20)), **settings))
+    assert status == 0, err
+    assert err.count("note: ") == 2
+    status, _, err = call("export", tmp_path / "run", "--out", tmp_path / "out", "--round", "1", "--dtype", "float32")
+    assert status == 0, err
+    branch = tmp_path / "run" / "round-001" / "one"
+    scale = json.loads((branch / "adapter_config.json").read_text())
+    assert scale["base_model_name_or_path"] == str(path)
+    assert scale["lora_alpha"] / scale["r"] == 2
+    base = {name: t.detach() for name, t in made.state_dict().items()}
+    assert far(loaded(tmp_path / "out"), plus(base, branch)) < 1e-6
