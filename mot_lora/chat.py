@@ -77,12 +77,12 @@ def _embedded(path: Path, trust_remote_code: bool) -> int | None:
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
-    """Errors: UserError for a token that the model beside the tokenizer does not embed."""
+    """Errors: NotEmbeddedError for a token that the model beside the tokenizer does not embed."""
     embedded: int | None = getattr(tokenizer, "embedded", None)
     if embedded is not None and (token := max(ids, default=0)) >= embedded:
-        raise UserError(
+        raise NotEmbeddedError(
             f"token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond the student's {embedded} "
-            "embeddings; leave it out, or resize the model (resize_token_embeddings), or bring its own tokenizer"
+            "embeddings; resize the model (resize_token_embeddings), bring its own tokenizer, or leave such rows out"
         )
 
 
@@ -167,9 +167,9 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: `end_ids`, and the one with which the template ends a turn."""
+    """The tokens that end an answer: the one with which the template ends a turn first, and `end_ids`."""
     stop = cast("int", tokenizer.convert_tokens_to_ids(Template.of(tokenizer).turn.stop))
-    return list(dict.fromkeys([*end_ids(tokenizer), stop]))
+    return list(dict.fromkeys([stop, *end_ids(tokenizer)]))
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], tools: Sequence[Any] = ()) -> str:
@@ -212,7 +212,7 @@ def unmarked_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message
 def unmarked(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Trace:
     """A trace without the marks that a chat template adds: of a rendered prompt, and of the end of its answer.
 
-    Errors: UserError for an answer that goes on into another turn.
+    Errors: AnotherTurnError for an answer that goes on into a user's turn.
     """
     template = Template.of(tokenizer)
     completion = _without_end(tokenizer, trace.completion)
@@ -230,16 +230,21 @@ class AnotherTurnError(UserError):
     """An answer that goes on into a user's turn."""
 
 
+class NotEmbeddedError(UserError):
+    """A token that the tokenizer has and the model does not embed."""
+
+
 def turn_record(tokenizer: PreTrainedTokenizerBase) -> TurnRecord:
     """What the student's template writes around its words, for people to see."""
-    template = Template.of(tokenizer)
-    listed = tuple(end for end in template.ends if end != template.turn.stop)
+    template, ids = Template.of(tokenizer), stop_ids(tokenizer)
+    turn = template.turn
     return TurnRecord(
-        head=template.turn.head + template.turn.lead,
-        end=template.turn.end,
-        stops=(template.turn.stop, *listed),
-        chain=template.turn.chain,
-        listed=template.turn.stop in template.ends,
+        head=turn.head + turn.lead,
+        end=turn.end,
+        stops=tuple(cast("list[str]", tokenizer.convert_ids_to_tokens(ids))),
+        stop_ids=tuple(ids),
+        chain=turn.chain,
+        listed=turn.stop in template.ends,
         date=f"{DATE:%d %B %Y}" if dated(tokenizer.get_chat_template()) else None,
     )
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import NamedTuple, cast
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora.cells import has
 from mot_lora.chat import (
     AnotherTurnError,
+    NotEmbeddedError,
     check_tokens,
     encode,
     prompt_text,
@@ -39,9 +41,10 @@ TWICE = "duplicate"
 SEEN = "in the evaluation"
 WRONG = "wrong answer"
 LONG = "too long"
-RUNS_ON = "goes on into another turn"
 NOT_DRAWN = "not drawn"
 UNTAKEN = "not taken by the student's template"
+RUNS_ON = "goes on into another turn"
+NOT_EMBEDDED = "with a token that the student does not embed"
 
 
 @dataclass(frozen=True)
@@ -212,14 +215,22 @@ def _read_questions(
 
 def _asked(tokenizer: PreTrainedTokenizerBase, question: Question, where: str) -> Question:
     """A question as it can be asked: in the words of the user alone, where it holds the template's marks already."""
-    try:
+    with _of_row(where):
         prompt = unmarked_prompt(tokenizer, [{"role": "user", "content": question.question}])
         if len(prompt) == 1:
             question = replace(question, question=prompt[0]["content"])
         check_tokens(tokenizer, token_ids(tokenizer, prompt_text(tokenizer, question.prompt)))
-    except UserError as e:
-        raise RowError(where, str(e), UNTAKEN) from e
     return question
+
+
+@contextmanager
+def _of_row(where: str) -> Generator[None]:
+    """Say of which row it is that the template or the tokens are wrong."""
+    try:
+        yield
+    except UserError as e:
+        reasons = {AnotherTurnError: RUNS_ON, NotEmbeddedError: NOT_EMBEDDED}
+        raise RowError(where, str(e), reasons.get(type(e), UNTAKEN)) from e
 
 
 @dataclass(frozen=True)
@@ -306,12 +317,8 @@ class Choice:
     def consider(self, where: str, trace: Trace | Example) -> Chosen | str:
         """A trace ready for use, or the reason why it is left out. What costs most is asked last."""
         example, found = (trace, self.decoded(trace, where)) if isinstance(trace, Example) else (None, trace)
-        try:
+        with _of_row(where):
             trace = found if example else unmarked(self.tokenizer, found)
-        except AnotherTurnError:
-            return RUNS_ON
-        except UserError as e:
-            raise RowError(where, str(e), UNTAKEN) from e
         said = "\n".join(m["content"] + str(m.get("tool_calls", "")) for m in trace.prompt)
         key = (normalized(said), trace.completion.strip())
         if key in self.seen:
@@ -322,11 +329,9 @@ class Choice:
         chain = chain_of(trace.completion)
         if chain is None:
             return ENDLESS
-        try:
+        with _of_row(where):
             example = example or encode(self.tokenizer, trace)
             check_tokens(self.tokenizer, example.input_ids)
-        except UserError as e:
-            raise RowError(where, str(e), UNTAKEN) from e
         if len(example) > self.max_length:
             return LONG
         if self.teacher.verified_only:

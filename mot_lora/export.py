@@ -1,8 +1,10 @@
 """A round's student as a full checkpoint, or as one adapter of its base, with its model card."""
 
+import json
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from mot_lora.merged import method_name, total
 from mot_lora.pack import pack, write_packed
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
-from mot_lora.records import ExportRecord, KeptRecord, RunRecord
+from mot_lora.records import ExportRecord, KeptRecord, RunRecord, TurnRecord
 from mot_lora.rundir import RunDir
 
 
@@ -44,7 +46,7 @@ def export(
     kept = fold_placement(
         Placement.of(chosen.checkpoint, read_ledger(chosen.rundir, chosen.round), dtype),
         Path(out),
-        lambda kept: model_card(chosen, f"In {name} {kept.text}."),
+        lambda kept: {"README.md": model_card(chosen, f"In {name} {kept.text}."), **_ends(chosen)},
         progress=progress,
     )
     return ExportRecord(round=chosen.round, form="checkpoint", dtype=name, **kept.model_dump())
@@ -129,6 +131,8 @@ def model_card(chosen: Chosen, kept: str, library: str = "transformers") -> str:
     rows = [("before", record.before), *((f"after round {r.round}", r.evaluation) for r in record.rounds[:number])]
     if record.final and record.final.round == number:
         rows.append((record.final.label, record.final.evaluation))
+    turn = _unlisted(chosen)
+    ends = f"An answer ends with {turn.stops[0]}, at which generation must stop.\n\n" if turn else ""
     table = "\n".join(f"| {name} | {e.accuracy_text} | {e.loss_text} |" for name, e in rows)
     return f"""---
 base_model: {Path(config.student).name if Path(config.student).exists() else config.student}
@@ -148,8 +152,23 @@ Teachers:
 |---|---|---|
 {table}
 
-Measured in {config.quantization} on {record.before.questions} held-out questions. Seed {config.seed}.
+{ends}Measured in {config.quantization} on {record.before.questions} held-out questions. Seed {config.seed}.
 """
+
+
+def _ends(chosen: Chosen) -> dict[str, str]:
+    """generation_config.json, where it must list the end of a turn that was trained and does not."""
+    turn, file = _unlisted(chosen), chosen.checkpoint.path / "generation_config.json"
+    if turn is None:
+        return {}
+    said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {file.name: json.dumps({**said, "eos_token_id": list(turn.stop_ids)}, indent=2) + "\n"}
+
+
+def _unlisted(chosen: Chosen) -> TurnRecord | None:
+    """How the student's turn is written, where its end is in no list of ends."""
+    data = chosen.rundir.data_record()
+    return data.turn if data and data.turn and not data.turn.listed else None
 
 
 def _text(setting: PerModule) -> str:

@@ -51,13 +51,14 @@ def fold_checkpoint(
 def fold_placement(
     placement: Placement,
     out: Path,
-    card: Callable[[KeptRecord], str] | None = None,
+    texts: Callable[[KeptRecord], Mapping[str, str]] | None = None,
     verify: bool = False,
     progress: Progress = silent,
 ) -> KeptRecord:
-    """`fold_checkpoint`, which returns how much of the update is in what was written; `card` makes a README of that.
+    """`fold_checkpoint`, which returns how much of the update is in what was written.
 
-    It is measured as the tensors are written: no tensor is read for it.
+    `texts` makes of that what else is written, by file: a README, say. It is measured as the tensors are written: no
+    tensor is read for it.
     """
     placement.check()
     check_new(out)
@@ -67,8 +68,8 @@ def fold_placement(
         with writing(out):
             partial.mkdir(parents=True)
             kept = _write(placement, partial, progress)
-            if card is not None:
-                (partial / "README.md").write_text(card(kept), encoding="utf-8")
+            for file, text in (texts(kept) if texts else {}).items():
+                (partial / file).write_text(text, encoding="utf-8")
             if verify:
                 verify_placement(placement, partial, progress)
             if out.exists():

@@ -133,6 +133,7 @@ class TurnRecord(Record):
     head: str
     end: str
     stops: tuple[str, ...]
+    stop_ids: tuple[int, ...] = ()
     chain: tuple[str, str] | None = None
     listed: bool = True
     date: str | None = None
@@ -146,7 +147,7 @@ class TurnRecord(Record):
         if not self.listed:
             said.append(
                 f"neither its tokenizer nor its checkpoint says that {self.stops[0]} ends an answer: it does here, and "
-                "must be named as a stop wherever the student is served"
+                "in what is exported, and must be named as a stop wherever else the student is served"
             )
         if self.date:
             said.append(

@@ -1,5 +1,6 @@
 """Tokens that a tokenizer has and its model does not embed: meta-llama/llama-cookbook#189, hiyouga/LlamaFactory#885."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,26 @@ def test_a_pad_token_that_is_embedded_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["question", "reasoning", "answer"])
-def test_a_token_of_a_row_that_is_not_embedded_is_one_line(tmp_path: Path, call: Call, where: str) -> None:
+def test_a_row_with_a_token_that_is_not_embedded_is_left_out_and_named(tmp_path: Path, call: Call, where: str) -> None:
     embedded = short_by(tmp_path, 1)
-    some = rows(6)
+    some = rows()
     some[3][where] += " <|last|>."
     file = jsonl(tmp_path / "one.jsonl", some)
-    for command in ("data", "run"):
-        line = refused(call(command, recipe(tmp_path, tmp_path, file)))
-        assert line.startswith(f"{file}:4: token {embedded} ('<|last|>') is beyond the student's {embedded} embeddings")
+    status, out, err = call("data", recipe(tmp_path, tmp_path, file), "--json")
+    assert status == 0, err
+    (teacher,) = json.loads(out)["teachers"]
+    reason = "with a token that the student does not embed"
+    assert teacher["left_out"] == {reason: 1}
+    said = f"{file}:4: token {embedded} ('<|last|>') is beyond the student's {embedded} embeddings"
+    assert teacher["bad"][reason].startswith(said)
+    assert refused(call("data", recipe(tmp_path, tmp_path, file), "teachers.0.on_bad_row=stop")).startswith(said)
+
+
+def test_rows_with_tokens_that_are_not_embedded_end_a_run_before_it_begins(tmp_path: Path, call: Call) -> None:
+    short_by(tmp_path, 1)
+    some = [row | {"answer": "<|last|>"} for row in rows(6)]
+    file = jsonl(tmp_path / "one.jsonl", some)
+    assert refused(call("run", recipe(tmp_path, tmp_path, file))).startswith(f"{file}:1: token ")
     assert not (tmp_path / "run").exists()
 
 

@@ -97,7 +97,7 @@ def test_a_header_that_the_template_gives_to_no_prompt_is_given_when_asked(tmp_p
     writes(tmp_path, template, ["B", "<end_of_turn>"], "<eos>", ["<eos>"])
     tok = load_tokenizer(tmp_path)
     assert prompt_text(tok, ({"role": "user", "content": "q"},)).endswith("<end_of_turn>\n<start_of_turn>assistant\n")
-    assert tok.convert_ids_to_tokens(stop_ids(tok)) == ["<eos>", "<end_of_turn>"]
+    assert tok.convert_ids_to_tokens(stop_ids(tok)) == ["<end_of_turn>", "<eos>"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_ends_that_a_checkpoint_lists(tmp_path: Path, file: str, said: Any, 
     (tmp_path / file).write_text(json.dumps(said))
     ids = stop_ids(load_tokenizer(tmp_path))
     im_end = tok.convert_tokens_to_ids("<|im_end|>")
-    assert ids == list(dict.fromkeys([tok.eos_token_id, *ends, im_end]))
+    assert ids == list(dict.fromkeys([im_end, tok.eos_token_id, *ends]))
 
 
 def test_a_tokenizer_without_an_end_takes_the_one_that_its_checkpoint_lists(tmp_path: Path) -> None:
@@ -141,3 +141,18 @@ def test_an_end_that_nothing_lists_is_told(tmp_path: Path, call: Call, ends: lis
     turn = json.loads(out)["turn"]
     assert turn["head"] == "<|im_end|>\n<|im_start|>assistant\n"
     assert (turn["end"], turn["stops"], turn["listed"]) == ("<|im_end|>", ["<|im_end|>", "<|endoftext|>"], not told)
+
+
+def test_what_is_exported_stops_where_it_was_taught_to(tmp_path: Path, call: Call) -> None:
+    base = tmp_path / "base"
+    writes(base, CHATML_BASE, ["B"], "<|endoftext|>", ["<|endoftext|>"])
+    config = recipe(tmp_path, base, jsonl(tmp_path / "one.jsonl", rows()), branch={"steps": 1})
+    status, _, err = call("run", config)
+    assert status == 0, err
+    status, _, err = call("export", tmp_path / "run", "--round", 1, "--out", tmp_path / "out")
+    assert status == 0, err
+    before, after = (json.loads((f / "generation_config.json").read_text()) for f in (base, tmp_path / "out"))
+    tok = load_tokenizer(tmp_path / "out")
+    assert after.pop("eos_token_id") == tok.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert after == {k: v for k, v in before.items() if k != "eos_token_id"}
+    assert "An answer ends with <|im_end|>" in (tmp_path / "out" / "README.md").read_text()
