@@ -77,14 +77,14 @@ RESPONSE = (
 GOLD = ("gold", "gold_answer", "ground_truth", "expected_answer", "reference_answer", "reference", "target")
 # These are the teacher's words where nothing in RESPONSE is, the first of them that is there; else the right answer.
 WRITTEN = ("solution", "answer", "final_answer")
-RIGHT = ("answer", "final_answer", "solution", "answers", "ground_truth_solution", "solutions")
+RIGHT = ("answer", "final_answer", "solution", "answers", "answers_spans", "ground_truth_solution", "solutions")
 # where verl and SYNTHETIC-1 have it; AM has it in a message's info
 NESTED = ("reward_model.ground_truth", "verification_info.ground_truth", "extra_info.answer")
 MESSAGES = ("messages", "conversations", "conversation", "contents", "dialogue", "dialog", "chat")
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 # what a question is about: it stands before it
-CONTEXT = ("context", "passage", "article", "paragraph", "document", "documents", "story", "background", "support")
+CONTEXT = ("context", "passage", "article", "paragraph", "document", "documents", "story", "premise", "support")
 ABOUT = ("text", "content", "contents", "contexts", "paragraphs", "sentences", "documents", "passages", "summary")
 NUMBERED = re.compile(r"r1_solution_\d+")  # DeepMath's generations
 # the dataset's own verdicts on each of several generations, as open-r1 has them, and whether a generation ends
@@ -226,7 +226,8 @@ class Cells:
         cell = self.named("tools") or self.first("tools", TOOLS)
         if cell is None:
             return ()
-        tools = [as_object(tool) for tool in as_list(cell[1]) or [cell[1]]]
+        listed = as_list(cell[1])
+        tools = [as_object(tool) for tool in ([cell[1]] if listed is None else listed)]
         if None in tools:
             raise self.error(f"needs a list of objects in `{cell[0]}`, not {kind(cell[1])}", MORE)
         return tuple(map(without_nulls, tools))
@@ -302,27 +303,29 @@ class Cells:
 
     # --------------------------------------------------------------------------------- several generations a row
 
-    def generations(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """The row once for each of the generations that it lists, with what it lists of each; else as it is."""
-        if "answer" not in self.columns and first_filled(self.filled, MESSAGES) is not None:
-            return [(self.where, self.row)]
+    def generations(self) -> tuple[str, list[tuple[str, Mapping[str, Any]]]] | None:
+        """The column of the answer, and the row once for each of the generations that it lists, with what the row lists
+        of each of them; None for a row of one.
+        """
+        named = "answer" in self.columns
+        if not named and first_filled(self.filled, MESSAGES) is not None:
+            return None
         numbered = {self.names[n]: v for n, v in self.filled.items() if NUMBERED.fullmatch(n)}
-        if numbered and "answer" not in self.columns:
+        if numbered and not named:
             rest = {k: v for k, v in self.row.items() if k not in numbered}
-            return [(f"{self.where}, {name}", {**rest, "generation": v}) for name, v in numbered.items()]
+            return "generation", [(f"{self.where}, {k}", {**rest, "generation": v}) for k, v in numbered.items()]
         cell = self.find("answer", RESPONSE)
-        texts = as_list(cell[1]) if cell else None
-        if cell is None or not texts or is_conversation(texts) or len(texts) < 2:
-            return [(self.where, self.row)]
-        listed = {cell[0] if "answer" in self.columns else self.names[cell[0]]: texts}
+        # a text that looks like a list is one answer, but in a column of several
+        texts = as_list(cell[1]) if cell and (not isinstance(cell[1], str) or cell[0].lower().endswith("s")) else None
+        if cell is None or not texts or is_conversation(texts):
+            return None
+        name = cell[0] if named else self.names[cell[0]]
         of_each = [self.names[n] for n in (*REASONING, *CORRECT, *COMPLETE) if n in self.names]
-        for column in (*of_each, *([self.columns["reasoning"]] if "reasoning" in self.columns else [])):
-            if len(of_it := as_list(at(self.row, column)) or []) == len(texts):
-                listed[column] = of_it
-        return [
-            (f"{self.where}, generation {i + 1}", {**self.row, **{k: v[i] for k, v in listed.items()}})
-            for i in range(len(texts))
-        ]
+        also = {k: as_list(at(self.row, k)) or [] for k in (*of_each, self.columns.get("reasoning", name))}
+        listed = {**{k: values for k, values in also.items() if len(values) == len(texts)}, name: texts}
+        rows = [{**self.row, **{k: values[i] for k, values in listed.items()}} for i in range(len(texts))]
+        places = [f"{self.where}, generation {i + 1}" for i in range(len(texts))] if len(texts) > 1 else [self.where]
+        return name, [*zip(places, rows, strict=True)]
 
     def integers(self, role: str) -> tuple[int, ...]:
         """A column of token ids or labels."""

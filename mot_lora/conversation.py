@@ -93,7 +93,7 @@ def is_untrained(value: Any) -> bool:
 def is_conversation(value: Any) -> bool:
     """Whether a cell is a list of messages, not of texts."""
     first = as_object((as_list(value) or [None])[0]) or {}
-    return any(key in first for key in ROLE)
+    return any(key in first for key in ROLE) and any(key in first for key in (*CONTENT, *CALL))
 
 
 class Reader:

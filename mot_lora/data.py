@@ -34,7 +34,7 @@ from mot_lora.records import DataRecord, TeacherDataRecord
 from mot_lora.rows import Row, read_rows
 from mot_lora.scoring import is_right
 from mot_lora.thought import chain_of
-from mot_lora.traces import ENDLESS, NO_RIGHT, Example, Question, Trace, read_question, read_traces
+from mot_lora.traces import ENDLESS, NO_RIGHT, Example, Question, Trace, read_question, read_traces, settled
 
 # Why a row is left out, as people read it; what cannot be used at all is counted by the reason of its RowError.
 TWICE = "duplicate"
@@ -270,8 +270,9 @@ class Choice:
         """The traces of a source's rows. Errors: UserError where not one row can be used."""
         traces: list[tuple[str, Trace | Example]] = []
         errors: list[RowError] = []
+        columns = settled([row for _, row in rows], self.teacher.columns)
         for where, row in rows:
-            for place, found in read_traces(row, where, self.teacher.columns):
+            for place, found in read_traces(row, where, columns):
                 if isinstance(found, RowError):
                     self.bad.add(found)
                     errors.append(found)

@@ -14,14 +14,39 @@ def normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+# scripts without blanks: two signs of Chinese or Japanese are as a word, three of Thai, Lao, Khmer or Burmese with
+# the marks above and below them
+HAN = "[\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+THAI = "[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff]"
+WORDS = re.compile(
+    rf"({HAN})|({THAI}[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ece\u102b-\u103e\u17b6-\u17d3]*)|"
+    rf"(?:(?!{HAN}|{THAI})\w)+|[^\w\s.,;:!?'\"()\u3001\u3002]"
+)
+
+
 def grams(text: str, n: int) -> set[tuple[str, ...]]:
     """Every run of n words of a text; signs of arithmetic are words, punctuation is not.
 
+    Where words are not set apart by blanks, a run has as many signs as weigh n words.
+
     >>> grams("2 + 2, then?", 3) == {("2", "+", "2"), ("+", "2", "then")}
     True
+    >>> grams("\u5c0f\u660e\u67093", 2) == {("\u5c0f", "\u660e", "\u6709", "3"), ("\u660e", "\u6709", "3")}
+    True
     """
-    words = re.findall(r"\w+|[^\w\s.,;:!?'\"()]", normalized(text))
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+    found = [*WORDS.finditer(normalized(text))]
+    words = [m[0] for m in found]
+    sixths = [3 if m[1] else 2 if m[2] else 6 for m in found]
+    runs: set[tuple[str, ...]] = set() if n else {()}
+    end = weight = 0
+    for begin, own in enumerate(sixths):
+        while weight < 6 * n and end < len(words):
+            weight, end = weight + sixths[end], end + 1
+        if weight < 6 * n:
+            break
+        runs.add(tuple(words[begin:end]))
+        weight -= own
+    return runs
 
 
 class Overlap:

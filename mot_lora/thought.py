@@ -44,7 +44,7 @@ def to_think(text: str) -> str:
     if THINK_END in text or text.lstrip().startswith(THINK):
         return text
     if "<|message|>" in text and CHANNEL.search(text):
-        return _from_channels(text)
+        return text if calls_tool(text) else _from_channels(text)
     for begins, ends, *around in MARKS:
         if begins in text or ends in text:
             for mark, ours in ((begins, THINK), (ends, THINK_END), *((mark, "") for mark in around)):

@@ -156,17 +156,42 @@ def read_traces(
     >>> [found if isinstance(found, str) else found.completion for _, found in read_traces(row, "row 1")]
     ['2', 'marked as wrong']
     """
+    columns = columns or {}
     try:
-        several = Cells(row, where, columns or {}).generations()
+        several = Cells(row, where, columns).generations()
     except RowError as e:
         return [(where, e)]
+    rows = [(where, row)]
+    if several:
+        columns, rows = {**columns, "answer": several[0]}, several[1]
     found: list[tuple[str, Trace | Example | str | RowError]] = []
-    for place, one in several:
+    for place, one in rows:
         try:
-            found.append((place, (len(several) > 1 and _verdict(one)) or read_trace(one, place, columns)))
+            found.append((place, (_verdict(one) if several else "") or read_trace(one, place, columns)))
         except RowError as e:
             found.append((place, e))
     return found
+
+
+def settled(rows: Sequence[Mapping[str, Any]], columns: Mapping[Any, str]) -> Mapping[Any, str]:
+    """What columns mean in all rows of a source: where some have a right answer beside a response, a row in which the
+    response is empty has no answer, and the right one is not the teacher's.
+
+    >>> settled([{"response": "so 2", "answer": "2"}, {"response": None, "answer": "4"}], {})
+    {'answer': 'response'}
+    """
+    if columns.keys() & {"answer", "messages", "input_ids"}:
+        return columns
+    names: set[str] = set()
+    beside = False
+    for row in rows:
+        cells = Cells(row, "", columns)
+        if cells.first("messages", MESSAGES):
+            return columns
+        own = [n for n in RESPONSE if n in cells.filled]
+        names.update(cells.names[n] for n in own)
+        beside = beside or bool(own and cells.first("gold", WRITTEN))
+    return {**columns, "answer": names.pop()} if beside and len(names) == 1 else columns
 
 
 def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | None = None) -> Question:
