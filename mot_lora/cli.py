@@ -52,6 +52,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that replace the file's, e.g. rounds=2")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
+Student = Annotated[
+    str | None, typer.Option(metavar="PATH", help="where the run's student is now, if it was moved to another place")
+]
 
 
 @app.command(rich_help_panel=LOOP)
@@ -92,7 +95,10 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
     from mot_lora.checkpoint import Checkpoint
     from mot_lora.data import load_data
     from mot_lora.display import live, screen
+    from mot_lora.rundir import RunDir
     from mot_lora.tables import data_tables
+
+    settings = RunDir(Path(settings.output)).here(settings)
 
     console = screen(as_json)
     with live(console) as progress:
@@ -250,6 +256,7 @@ def report(
     run_folder: RunFolder,
     out: Annotated[Path | None, typer.Option(help="the page to write; report.html in the run unless given")] = None,
     traces: Annotated[int, typer.Option(help="held-out traces a teacher to look at consensus on", min=1)] = 8,
+    student: Student = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="do not look with the student; what was found before is shown")
     ] = False,
@@ -275,7 +282,7 @@ def report(
         console.print(f"consensus, on at most {traces} held-out traces a teacher; --quick leaves it out")
         try:
             with live(console) as progress:
-                consensus(run_folder, traces=traces, progress=progress)
+                consensus(run_folder, traces=traces, student=student, progress=progress)
         except UserError as e:
             console.print(f"without looking at consensus: {e}", soft_wrap=True, highlight=False)
         page = read_page(RunDir(run_folder))
@@ -292,6 +299,7 @@ def export(
     run_folder: RunFolder,
     out: Annotated[Path, typer.Option(help="the folder to write; it must not exist")],
     round: Annotated[int | None, typer.Option(help="the round to export; the best one unless given")] = None,
+    student: Student = None,
     form: Annotated[
         Literal["checkpoint", "lora"],
         typer.Option("--as", help="a model of its own, or all rounds as one PEFT adapter of the base, in float32"),
@@ -325,10 +333,10 @@ def export(
     console = screen(as_json)
     with live(console) as progress:
         if form == "lora":
-            record = export_adapter(run_folder, out, round=round, rank=rank, progress=progress)
+            record = export_adapter(run_folder, out, round=round, student=student, rank=rank, progress=progress)
         else:
             to = getattr(torch, dtype or "bfloat16")
-            record = export_checkpoint(run_folder, out, round=round, dtype=to, progress=progress)
+            record = export_checkpoint(run_folder, out, round=round, student=student, dtype=to, progress=progress)
     if as_json:
         print_json({"out": str(out), **record.model_dump(mode="json")})
         return
@@ -341,6 +349,7 @@ def eval_(
     run_folder: RunFolder,
     tasks: Annotated[str, typer.Option(help="names of tasks or groups, e.g. gsm8k,arc_challenge")],
     round: Annotated[int | None, typer.Option(help="the round to measure; the best one unless given")] = None,
+    student: Student = None,
     base: Annotated[
         bool, typer.Option("--base", help="measure the student before the run too, and the change")
     ] = False,
@@ -373,6 +382,7 @@ def eval_(
             run_folder,
             [t.strip() for t in tasks.split(",") if t.strip()],
             round=round,
+            student=student,
             quantized=quantized,
             base=base,
             limit=limit,

@@ -13,6 +13,7 @@ from mot_lora.comparison import ArmRun, Budget
 from mot_lora.config import Config
 from mot_lora.durable import check_files, staged, write_record
 from mot_lora.errors import UserError
+from mot_lora.inputs import by_content, resolved
 from mot_lora.ledger import read_run
 from mot_lora.outcomes import read_arms
 from mot_lora.progress import Progress, silent
@@ -49,8 +50,10 @@ def compare(
     if (Path(out) / "config.yaml").exists():
         raise UserError(f"{out}: is a run; choose another folder for the comparison")
     kind = device_of(config).type
-    for file in sorted(Path(out).glob("seed-*/*/environment.json")):
-        RunDir(file.parent).check_device(config.device, kind)
+    there = [RunDir(file.parent) for file in sorted(Path(out).glob("seed-*/*/environment.json"))]
+    for rundir in there:
+        rundir.check_device(config.device, kind)
+    config = there[0].here(config) if there else resolved(config)
     for seed in seeds:
         chosen = placed(config, seed, out, names, budgets)
         for arm in chosen:
@@ -77,7 +80,9 @@ def compare(
 def _is_done(arm: Arm) -> bool:
     """Whether the arm's run is finished, was asked the same, and is as it was written."""
     rundir = RunDir(Path(arm.config.output))
-    if not (rundir.path / "config.yaml").exists() or rundir.config() != arm.config:
+    if not (rundir.path / "config.yaml").exists():
+        return False
+    if rundir.config().model_copy(update={"output": arm.config.output}) != arm.config:
         return False
     record = read_run(rundir)
     rundir.check(arm.config)
@@ -115,13 +120,12 @@ def borrow(config: Config, others: Sequence[RunDir]) -> None:
     """Copy what another run has finished that would come out the same here: how the student did before, and branches
     of the first round. Only from runs with the same inputs, on the same kind of device; what is there is left.
     """
-    rundir, asked, kind = RunDir(Path(config.output)), config.model_dump(mode="json"), device_of(config).type
-    inputs = rundir.environment()["inputs"]
+    rundir, kind = RunDir(Path(config.output)), device_of(config).type
+    asked = by_content(config, rundir.environment()["inputs"])
     for other in others:
-        found = other.config().model_dump(mode="json")
-        theirs = other.environment().get("inputs", {})
+        found = by_content(other.config(), other.environment().get("inputs", {}))
         longest = found["branch"]["max_length"] == asked["branch"]["max_length"]  # of the held-out traces too
-        if not longest or any(found[k] != asked[k] for k in BEFORE) or _differ(theirs, inputs):
+        if not longest or any(found[k] != asked[k] for k in BEFORE):
             continue
         if rundir.before() is None and other.kind == kind and (before := other.before()):
             check_files(other.path, before.files)

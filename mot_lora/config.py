@@ -111,6 +111,11 @@ class TeacherConfig(DataConfig):
     verified_only: bool = False
     learning_rate: float | None = Field(default=None, gt=0)
 
+    @field_validator("data")
+    @classmethod
+    def _one_is_no_list(cls, data: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return data[0] if len(data) == 1 and not isinstance(data, str) else data
+
     @model_validator(mode="after")
     def _has_rows(self) -> "TeacherConfig":
         if bool(self.data) == bool(self.union):

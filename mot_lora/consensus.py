@@ -34,7 +34,7 @@ from mot_lora.durable import sha256, write_record
 from mot_lora.errors import UserError, enough_memory
 from mot_lora.evaluate import LOSS_CHUNK, AtOnce, held_out_losses, loss_tokens
 from mot_lora.landscape import landscape, points
-from mot_lora.ledger import CONSENSUS, read_consensus, read_ledger, read_run
+from mot_lora.ledger import CONSENSUS, open_student, read_consensus, read_ledger, read_run, settings
 from mot_lora.loss import IGNORE, token_log_probs
 from mot_lora.memory import loaded
 from mot_lora.merged import Merged
@@ -48,12 +48,14 @@ SHOWN = 500  # tokens of a trace that is shown
 LogProbs = dict[str, list[Tensor]]  # of each teacher's traces, [trained tokens] fp32
 
 
-def consensus(run: str | Path, *, traces: int = 8, progress: Progress = silent) -> ConsensusRecord:
+def consensus(
+    run: str | Path, *, traces: int = 8, student: str | None = None, progress: Progress = silent
+) -> ConsensusRecord:
     """Look at a run's students on at most so many held-out traces a teacher, in the run's quantization.
 
     How sure W_0, every branch and every merged student are; what the branches of the first and of the last round agree
     on, and what their merge makes of it; the loss around the last round. Written to the run as consensus.json, and read
-    from there unless rounds were added or `traces` differs.
+    from there unless rounds were added or `traces` differs. `student` is where W_0 is now, as in `export`.
 
     Errors: UserError for fewer than two rounds or teachers, no held-out traces, a run at work, a damaged run, or a base
     or data that are not those that it was begun with.
@@ -62,7 +64,7 @@ def consensus(run: str | Path, *, traces: int = 8, progress: Progress = silent) 
     'in part'
     """
     rundir = RunDir(Path(run))
-    config, record = rundir.config(), read_run(rundir)
+    config, record = settings(rundir, student), read_run(rundir)
     rounds = len(record.rounds) if record else 0
     if rounds < 2:
         raise UserError(f"{run}: consensus is looked at from two finished rounds on; here are {rounds}")
@@ -106,14 +108,10 @@ def _open(
     rundir: RunDir, config: Config, traces: int, progress: Progress
 ) -> tuple[Checkpoint, PreTrainedTokenizerBase, dict[str, tuple[Example, ...]]]:
     """The run's base and its tokenizer, and each teacher's held-out traces, at most so many."""
-    checkpoint = Checkpoint.open(config.student)
-    inputs = rundir.environment().get("inputs", {})
-    if checkpoint.fingerprint() != inputs.get("student"):
-        raise UserError(f"{config.student}: is not the model that {rundir.path} was begun with; bring that one back")
+    checkpoint = open_student(rundir, config)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     data = load_data(config, tokenizer, progress)
-    if changed := [source for source, said in data.fingerprints.items() if inputs.get(source) != said]:
-        raise UserError(f"{changed[0]}: has other rows than when {rundir.path} was begun; bring those back")
+    rundir.check_same(config, {"student": checkpoint.fingerprint(), **data.fingerprints})
     held_out = {name: tuple(examples[:traces]) for name, examples in data.held_out.items() if examples}
     if not held_out:
         raise UserError(f"{rundir.path}: no traces were held out to look at consensus on; eval.holdout is too small")

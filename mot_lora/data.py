@@ -26,6 +26,7 @@ from mot_lora.chat import (
 )
 from mot_lora.config import Config, DataConfig, TeacherConfig
 from mot_lora.errors import RowError, UserError
+from mot_lora.inputs import source_name
 from mot_lora.loss import IGNORE
 from mot_lora.merge import seed_for
 from mot_lora.overlap import Overlap, normalized
@@ -404,7 +405,7 @@ def _read(settings: DataConfig, source: str, fingerprints: dict[str, str], bad: 
         if not any(has(row, column) for _, row in rows):
             names = ", ".join(dict.fromkeys(str(name) for _, row in rows for name in row))
             raise UserError(f"{source}: `columns` takes {role} from `{column}`, but it has {names}")
-    fingerprints[" ".join(x for x in (source, settings.subset, settings.split) if x)] = fingerprint(rows)
+    fingerprints[source_name(source, settings.subset, settings.split)] = fingerprint(rows)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mot_lora.config import Config, PerModule
 from mot_lora.durable import check_new, staged
 from mot_lora.errors import UserError
 from mot_lora.fold import fold_placement
-from mot_lora.ledger import read_ledger, read_run
+from mot_lora.ledger import open_student, read_ledger, read_run, settings
 from mot_lora.lowrank import Adapter, Dense
 from mot_lora.merged import method_name, total
 from mot_lora.pack import pack, write_packed
@@ -28,20 +29,22 @@ def export(
     out: str | Path,
     *,
     round: int | None = None,
+    student: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
 ) -> ExportRecord:
     """Write the student after a round (the best one unless given) as a full checkpoint; say what is left of its update.
 
     W_0 + the ledger, rounded once to `dtype`; with tokenizer and model card. Of an update with |D|/|W| below .003 a
-    part rounds away in 16 bits: half of it at .001. fp32 keeps it, and so does `export_adapter`.
+    part rounds away in 16 bits: half of it at .001. fp32 keeps it, and so does `export_adapter`. `student` is where the
+    run's base is now, if neither where it was nor moved along with the run.
 
     Errors: UserError when the round is not finished, no round beats the student before, or the base has changed since.
 
     >>> export("runs/quickstart", "student").survived  # doctest: +SKIP
     0.9981
     """
-    chosen = choose(path, round)
+    chosen = choose(path, round, student)
     name = str(dtype).removeprefix("torch.")
     kept = fold_placement(
         Placement.of(chosen.checkpoint, read_ledger(chosen.rundir, chosen.round), dtype),
@@ -57,21 +60,23 @@ def export_adapter(
     out: str | Path,
     *,
     round: int | None = None,
+    student: str | None = None,
     rank: int | None = None,
     progress: Progress = silent,
 ) -> ExportRecord:
     """Write what a run's rounds (to the best one unless given) add to its base, as one PEFT adapter of that base.
 
     In fp32 with scaling 1. Exact for linear merges without a `rank`: each module then has the sum of all branches'
-    ranks. Else the best copy of that rank, which keeps |D_r|^2 / |D|^2 of it.
+    ranks. Else the best copy of that rank, which keeps |D_r|^2 / |D|^2 of it. The base itself is not needed.
 
     Errors: UserError as in `export`, and for merges that are not low-rank (TIES, DARE, ...) without a rank.
 
     >>> export_adapter("runs/quickstart", "adapter", rank=64).survived  # doctest: +SKIP
     0.9996
     """
-    chosen, out = choose(path, round), Path(out)
+    chosen, out = choose(path, round, student), Path(out)
     check_new(out)
+    base = chosen.checkpoint.name if Path(chosen.config.student).is_dir() else chosen.config.student
     ledger = read_ledger(chosen.rundir, chosen.round)
     updates = {module: total(ledger, module) for module in dict.fromkeys(m for merged in ledger for m in merged.shapes)}
     if rank is None and any(isinstance(u, Dense) for u in updates.values()):
@@ -79,7 +84,7 @@ def export_adapter(
         raise UserError(
             f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, all branches'"
         )
-    packed = pack(Adapter(out.name, updates, chosen.config.student), rank, progress)
+    packed = pack(Adapter(out.name, updates, base), rank, progress)
     saved = packed.record
     worst = max(saved.modules, key=lambda module: saved.modules[module])
     kept = KeptRecord(survived=1 - saved.lost**2, worst=(worst, 1 - saved.modules[worst] ** 2))
@@ -92,19 +97,23 @@ def export_adapter(
 
 @dataclass(frozen=True)
 class Chosen:
-    """A finished round of a run, every file of it checked, and the run's base."""
+    """A finished round of a run, every file of it checked."""
 
     rundir: RunDir
     config: Config
     record: RunRecord
     round: int
-    checkpoint: Checkpoint
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The run's base. Errors: UserError as `open_student`."""
+        return open_student(self.rundir, self.config)
 
 
-def choose(path: str | Path, round: int | None = None) -> Chosen:
-    """A run's round, the best one unless given. Errors: as in `export`."""
+def choose(path: str | Path, round: int | None = None, student: str | None = None) -> Chosen:
+    """A run's round, the best one unless given, with its settings as they are here and now. Errors: as in `export`."""
     rundir = RunDir(Path(path))
-    config, record = rundir.config(), read_run(rundir)
+    config, record = settings(rundir, student), read_run(rundir)
     if record is None:
         raise UserError(f"{path}: nothing is finished here yet; `mot-lora run` it first")
     number = record.best if round is None else round
@@ -113,11 +122,7 @@ def choose(path: str | Path, round: int | None = None) -> Chosen:
     if number not in {r.round for r in record.rounds}:
         raise UserError(f"{path}: round {number} is not finished; it has {len(record.rounds)} rounds")
     rundir.check(config)
-    checkpoint = Checkpoint.open(config.student)
-    said = rundir.environment().get("inputs", {}).get("student")
-    if checkpoint.fingerprint() != said:
-        raise UserError(f"{config.student}: is not the model that {path} was begun with; bring that one back")
-    return Chosen(rundir, config, record, number, checkpoint)
+    return Chosen(rundir, config, record, number)
 
 
 def model_card(chosen: Chosen, kept: str, library: str = "transformers") -> str:

@@ -18,6 +18,7 @@ from mot_lora.durable import read_record, write_record
 from mot_lora.errors import UserError, enough_memory, writing
 from mot_lora.export import Chosen, choose, export
 from mot_lora.hush import Watch, hushed
+from mot_lora.ledger import open_student
 from mot_lora.memory import loaded
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Record
@@ -92,6 +93,7 @@ def evaluate_run(
     tasks: Sequence[str],
     *,
     round: int | None = None,
+    student: str | None = None,
     quantized: bool = False,
     base: bool = False,
     limit: int | None = None,
@@ -105,9 +107,10 @@ def evaluate_run(
     """Measure a run's student after a round (the best one unless given) on tasks of lm-eval, and W_0 too with `base`.
 
     The student is the one that `export` writes in bf16, from a temporary folder beside the run; a GPU without bf16
-    measures it in fp16. `quantized` measures it as the loop has it in memory. `limit` asks only the first questions of
-    each task; `include_path` has tasks of one's own. Of a text with `</think>` what comes after it is the answer. All
-    results of a round are kept in RUN/eval/round-NNN.json, by task and settings, and returned.
+    measures it in fp16. `student` is where its base is now, as in `export`. `quantized` measures it as the loop has it
+    in memory. `limit` asks only the first questions of each task; `include_path` has tasks of one's own. Of a text with
+    `</think>` what comes after it is the answer. All results of a round are kept in RUN/eval/round-NNN.json, by task
+    and settings, and returned.
 
     Errors: UserError as in `export`; when lm-eval is not installed, a task is unknown or its data cannot be had.
 
@@ -116,7 +119,8 @@ def evaluate_run(
     """
     from mot_lora.base import device_of, dtype_of
 
-    chosen = choose(run, round)
+    chosen = choose(run, round, student)
+    open_student(chosen.rundir, chosen.config)  # what is wrong with it is told before the tasks are read
     file = chosen.rundir.path / "eval" / f"round-{chosen.round:03d}.json"
     asked = chosen.config.device  # a student that was trained on a GPU may be measured on a CPU
     device = device_of(chosen.config.model_copy(update={"device": "cpu" if asked == "cpu" else "auto"}))
@@ -258,7 +262,7 @@ def _model(
         with writing(run.parent):
             folder = tempfile.TemporaryDirectory(prefix=f".{run.name}.eval-", dir=run.parent)
         out = Path(stack.enter_context(folder)) / "student"
-        export(chosen.rundir.path, out, round=chosen.round, dtype=EXPORTED, progress=progress)
+        export(chosen.rundir.path, out, round=chosen.round, student=config.student, dtype=EXPORTED, progress=progress)
         return from_pretrained(Checkpoint.open(out), device, dtype, config.trust_remote_code)
 
     less = f"lower --batch-size {batch_size}, or measure --quantized"

@@ -3,10 +3,12 @@
 import torch
 
 from mot_lora.adapters import load_adapter
+from mot_lora.checkpoint import Checkpoint
 from mot_lora.confidence import ConsensusRecord
 from mot_lora.config import Config
 from mot_lora.durable import DamagedError, read_lines, read_record
 from mot_lora.errors import UserError
+from mot_lora.inputs import gone
 from mot_lora.merge import nesterov
 from mot_lora.merged import Merged, combine
 from mot_lora.records import Answer, BranchRecord, RoundRecord, RunRecord, StateRecord, score
@@ -16,6 +18,31 @@ from mot_lora.savepoint import newest, step_of
 
 CONSENSUS = "consensus.json"
 FINAL = ("samples", "temperature", "top_p", "max_new_tokens", "limit")  # of eval.final, what its record says
+
+
+def settings(rundir: RunDir, student: str | None = None) -> Config:
+    """What a run was asked, with everything where it is now; its student at a place that is given.
+
+    Errors: UserError when the folder is no run.
+    """
+    config = rundir.config()
+    return rundir.here(config if student is None else config.model_copy(update={"student": student}))
+
+
+def open_student(rundir: RunDir, config: Config) -> Checkpoint:
+    """The student of a run, as it was before the first round.
+
+    Errors: UserError where it is not, or is another one than the run was begun with.
+    """
+    if "student" in gone(config):
+        raise UserError(f"{config.student}: the student of {rundir.path} is not there; name its place with --student")
+    checkpoint = Checkpoint.open(config.student)
+    if checkpoint.fingerprint() != rundir.environment().get("inputs", {}).get("student"):
+        raise UserError(
+            f"{config.student}: is not the model that {rundir.path} was begun with; bring that one back, or name its "
+            "place with --student"
+        )
+    return checkpoint
 
 
 def read_merges(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:

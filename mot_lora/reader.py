@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -44,7 +44,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config; `overrides` are `key=value`, with dots for inner keys and YAML values.
 
     Relative paths of what is read are taken from the file's folder, in overrides from the working folder; so is
-    `output`, always. `demo:NAME` is a file of the package.
+    `output`, always, but that a run's own config.yaml is of the run in whose folder it lies. `demo:NAME` is a file of
+    the package.
 
     Errors: UserError, one line that names the file and the key.
 
@@ -52,7 +53,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     2
     """
     path = Path(path)
-    tree = _rebase(_read_tree(path), path.parent, str(path))
+    tree = at_places(_read_tree(path), lambda key, place: absolute(place, path.parent, str(path), key))
+    if path.name == "config.yaml" and path.with_name("environment.json").exists():  # a run's, which may have been moved
+        tree["output"] = str(path.parent)
     for override in overrides:
         key, eq, text = override.partition("=")
         if not eq or not key:
@@ -61,7 +64,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value = _load_yaml(text)
         except NOT_YAML as e:
             raise UserError(f"override `{override}`: the value is not YAML") from e
-        _set(tree, key.split("."), _rebase(value, Path(), str(path), key), override)
+        value = at_places(value, lambda key, place: absolute(place, Path(), str(path), key), key)
+        _set(tree, key.split("."), value, override)
     return parse_config(tree, str(path))
 
 
@@ -188,21 +192,32 @@ def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
     return list(group.model_fields)
 
 
-def _rebase(value: Any, folder: Path, source: str, key: str = "") -> Any:
-    """A value at dotted keys with its paths made absolute; what does not exist may stay the name that the Hub knows."""
+def at_places(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """A tree of settings, or the part of one at dotted keys, with each place of what is read changed: `change` is given
+    the key and the place.
+    """
     if isinstance(value, dict) and key.count(".") < DEEPEST:
         inner = cast("dict[Any, Any]", value)
-        return {k: _rebase(v, folder, source, f"{key}.{k}" if key else str(k)) for k, v in inner.items()}
+        return {k: at_places(v, change, f"{key}.{k}" if key else str(k)) for k, v in inner.items()}
     if isinstance(value, list) and key.count(".") < DEEPEST:
-        return [_rebase(v, folder, source, f"{key}.{i}") for i, v in enumerate(cast("list[Any]", value))]
-    if not isinstance(value, str) or not PATHS.fullmatch(key):
-        return cast("Any", value)
-    if value.startswith(DEMO):
-        return str(demo_path(value.removeprefix(DEMO)))
-    if value.startswith(GYM):
-        return value
+        return [at_places(v, change, f"{key}.{i}") for i, v in enumerate(cast("list[Any]", value))]
+    return change(key, value) if isinstance(value, str) and PATHS.fullmatch(key) else cast("Any", value)
+
+
+def absolute(place: str, folder: Path, source: str, key: str) -> str:
+    """A place seen from a folder, as an absolute path; what does not exist may stay the name that the Hub knows.
+
+    A link stays one: it may be what tells a file's kind, as in the Hub's cache, or where it is now.
+    Errors: UserError, which names the source and the key, for what cannot be a path.
+    """
+    if place.startswith(DEMO):
+        return str(demo_path(place.removeprefix(DEMO)))
+    if place.startswith(GYM):
+        return place
     try:
-        file = (folder / Path(value).expanduser()).resolve()
-        return value if not file.exists() and HUB_NAME.fullmatch(value) else str(file)
+        path = folder / Path(place).expanduser()
+        target = path.resolve()
+        path = target if path.name in ("", "..") else path.parent.resolve() / path.name
+        return place if not target.exists() and HUB_NAME.fullmatch(place) else str(path)
     except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{source}: `{key}`: {value!r} is not a usable path ({e})") from e
+        raise UserError(f"{source}: `{key}`: {place!r} is not a usable path ({e})") from e

@@ -62,6 +62,8 @@ def run(
     """
     device, rundir = device_of(config), RunDir(Path(config.output))
     rundir.check_device(config.device, device.type)
+    config = rundir.here(config)
+    rundir.check_there(config)
     check_trackers(config.branch.report_to)
     uses_liger(config.branch.liger, device.type == "cuda")
     resolve(config.merge.method)
@@ -137,6 +139,7 @@ def preview(
         on = this_card(device_of(config))
         on = on if on.is_gpu or config.device == "cpu" else find_card(USUAL)
     on = replace(on, gib=gib) if gib else on
+    config = RunDir(Path(config.output)).here(config)
     checkpoint = Checkpoint.open(config.student, weights=False)
     check_targets(checkpoint.path, config.lora, config.trust_remote_code)
     data, unread = None, ""

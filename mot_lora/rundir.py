@@ -5,7 +5,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import yaml
 from mot_lora.config import Config
 from mot_lora.durable import DamagedError, beside, check_files, read_record, write_text
 from mot_lora.errors import UserError, writing
+from mot_lora.inputs import by_content, found, gone, places, resolved
 from mot_lora.reader import NOT_YAML, parse_config
 from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, FinalRecord, Record, RoundRecord, SealRecord
 
@@ -97,6 +98,24 @@ class RunDir:
         except (OSError, *NOT_YAML) as e:
             raise UserError(f"{file}: damaged ({' '.join(str(e).split())})") from e
         return parse_config(tree, str(file))
+
+    def here(self, asked: Config) -> Config:
+        """What is asked, with everything where it is now: in absolute paths, and what is gone from its place where it
+        was moved to along with the run.
+        """
+        asked = resolved(asked)
+        try:
+            begun = Path(self.environment().get("folder") or self.config().output)
+        except UserError:  # no run yet, or one whose damage is told when it is begun again
+            return asked
+        return found(asked, begun if begun.is_absolute() else None, self.path.resolve())
+
+    def check_there(self, config: Config) -> None:
+        """Errors: UserError for a run that was begun, and what it reads is not there any more."""
+        for key, place in gone(config).items() if (self.path / "config.yaml").exists() else ():
+            raise UserError(
+                f"{place}: is not there, nor in the same place beside {self.path}; name its place: {key}=PATH"
+            )
 
     def environment(self) -> dict[str, Any]:
         """Versions, device and the fingerprints of the inputs that the run was begun with; empty for none yet."""
@@ -196,28 +215,44 @@ class RunDir:
 
         Errors: UserError, which names the settings or inputs that differ.
         """
-        asked = config.model_dump(mode="json")
         begun = [p for p in (self.path / "before.json", *self.path.glob("round-*")) if p.exists()]
         if begun:
-            old = self.config()
-            changed = [k for k in _differences(old.model_dump(mode="json"), asked) if not MAY_CHANGE.fullmatch(k)]
-            if old.branch.traces == config.branch.traces:
-                changed = [k for k in changed if not STEP.fullmatch(k)]
-            if changed:
-                raise UserError(
-                    f"{self.path}: was begun with other settings ({', '.join(changed)}); "
-                    "begin anew beside it with --from-scratch, or choose another `output`"
-                )
-            inputs = self.environment().get("inputs", environment["inputs"])
-            if changed := _differences(inputs, environment["inputs"]):
-                raise UserError(
-                    f"{self.path}: was begun with other inputs ({', '.join(changed)} changed since); "
-                    "bring them back, or begin anew beside it with --from-scratch"
-                )
-        if not self.environment() or not begun:
-            text = json.dumps({"format": FORMAT, **environment}, indent=2) + "\n"
-            write_text(self.path / "environment.json", text)
-        write_text(self.path / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+            self.check_same(config, environment["inputs"])
+        where = {"folder": str(self.path.resolve()), "inputs": environment["inputs"]}
+        environment = {"format": FORMAT, **environment, **(self.environment() if begun else {}), **where}
+        write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.path / "config.yaml", text)
+
+    def check_same(self, config: Config, inputs: Mapping[str, str]) -> None:
+        """Errors: UserError, which names the settings or inputs that are not those that the run was begun with.
+
+        Where something lies may change, and what it is called, but not what it holds.
+        """
+        old, said = self.config(), self.environment().get("inputs")
+        inputs = inputs if said else {}
+        changed = [
+            key
+            for key in _differences(by_content(old, said or {}), by_content(config, inputs))
+            if not MAY_CHANGE.fullmatch(key) and not (old.branch.traces == config.branch.traces and STEP.fullmatch(key))
+        ]
+        before, now = places(old), places(config)
+        if settings := [key for key in changed if key not in before.keys() & now.keys()]:
+            raise UserError(
+                f"{self.path}: was begun with other settings ({', '.join(settings)}); "
+                "begin anew beside it with --from-scratch, or choose another `output`"
+            )
+        told = [
+            f"`{key}`: {now[key]} does not hold what {before[key]} did"
+            if now[key] != before[key]
+            else f"{key if key == 'student' else now[key]} changed since"
+            for key in changed
+        ]
+        if told:
+            raise UserError(
+                f"{self.path}: was begun with other inputs ({', '.join(told)}); bring them back, name their place now "
+                f"({changed[0]}=PATH), or begin anew beside it with --from-scratch"
+            )
 
     def at_work(self) -> str | None:
         """The process that works in the folder now, and its host."""
