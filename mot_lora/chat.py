@@ -1,5 +1,6 @@
 """A trace as the student reads it: its chat template, tokens and loss mask."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,12 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
         tokenizer.pad_token = tokenizer.eos_token  # what is padded is never looked at, but it is embedded
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what the tokens of a trace depend on: the vocabulary and the chat template."""
+    said = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _listed_ends(path: Path) -> tuple[int, ...]:

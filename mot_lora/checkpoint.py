@@ -241,6 +241,15 @@ class Checkpoint:
                 digest.update(file.read())
         return digest.hexdigest()[:16]
 
+    def fingerprints(self) -> dict[str, str]:
+        """What tells a student: its fingerprint, and a hash of samples of every tensor, which tells a model from one
+        that was trained further in some layers.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.files, key=self.where):
+            digest.update(name.encode() + self.files[name].sample(name))
+        return {"student": self.fingerprint(), "weights": digest.hexdigest()[:16]}
+
 
 def describe(folder: Path, config: Mapping[str, Any], where: Mapping[str, str], size: int) -> None:
     """Write a model folder's config, and an index of which file holds each tensor unless one holds all."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora.adapters import WEIGHTS_FILE
 from mot_lora.base import device_of, fold, load_model
 from mot_lora.branch import ADAPTER, add_adapter
-from mot_lora.chat import collate, load_tokenizer, pieces
+from mot_lora.chat import collate, fingerprint, load_tokenizer, pieces
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.confidence import (
     KINDS,
@@ -111,7 +111,7 @@ def _open(
     checkpoint = open_student(rundir, config)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     data = load_data(config, tokenizer, progress)
-    rundir.check_same(config, {"student": checkpoint.fingerprint(), **data.fingerprints})
+    rundir.check_same(config, {**checkpoint.fingerprints(), "tokenizer": fingerprint(tokenizer), **data.fingerprints})
     held_out = {name: tuple(examples[:traces]) for name, examples in data.held_out.items() if examples}
     if not held_out:
         raise UserError(f"{rundir.path}: no traces were held out to look at consensus on; eval.holdout is too small")

@@ -37,7 +37,8 @@ def open_student(rundir: RunDir, config: Config) -> Checkpoint:
     if "student" in gone(config):
         raise UserError(f"{config.student}: the student of {rundir.path} is not there; name its place with --student")
     checkpoint = Checkpoint.open(config.student)
-    if checkpoint.fingerprint() != rundir.environment().get("inputs", {}).get("student"):
+    said = {"student": None, **rundir.environment().get("inputs", {})}
+    if any(said.get(what, found) != found for what, found in checkpoint.fingerprints().items()):
         raise UserError(
             f"{config.student}: is not the model that {rundir.path} was begun with; bring that one back, or name its "
             "place with --student"

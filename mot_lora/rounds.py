@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from mot_lora import branch
 from mot_lora import evaluate as evaluation
 from mot_lora.base import describe, device_of, fold, load_model
 from mot_lora.branch import add_adapter, check_targets
 from mot_lora.cards import USUAL, Card, find_card, host_memory, this_card
-from mot_lora.chat import load_tokenizer
+from mot_lora.chat import fingerprint, load_tokenizer
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.data import Data, load_data
@@ -78,7 +79,7 @@ def run(
     with rundir.lock():
         if repair:
             rundir.repair(config)
-        rundir.begin(config, _environment(checkpoint, data, device))
+        rundir.begin(config, _environment(checkpoint, tokenizer, data, device))
         rundir.check(config)
         write_record(rundir.path / "data.json", data.record)
         if started:
@@ -193,7 +194,9 @@ def _check_fit(config: Config, checkpoint: Checkpoint, data: Data, card: Card, f
     return record
 
 
-def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> dict[str, Any]:
+def _environment(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device
+) -> dict[str, Any]:
     """What a run is done with: versions, machine, and the fingerprints of everything it reads."""
     packages = ("mot-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     on = describe(device)
@@ -202,5 +205,9 @@ def _environment(checkpoint: Checkpoint, data: Data, device: torch.device) -> di
         "device": on.name,
         "kind": on.kind,
         "dtype": on.dtype,
-        "inputs": {"student": checkpoint.fingerprint(), **data.fingerprints},
+        "inputs": {
+            **checkpoint.fingerprints(),
+            "tokenizer": fingerprint(tokenizer),
+            **data.fingerprints,
+        },
     }

@@ -229,11 +229,11 @@ class RunDir:
 
         Where something lies may change, and what it is called, but not what it holds.
         """
-        old, said = self.config(), self.environment().get("inputs")
+        old, said = self.config(), self.environment().get("inputs", {})
         inputs = inputs if said else {}
         changed = [
             key
-            for key in _differences(by_content(old, said or {}), by_content(config, inputs))
+            for key in _differences(by_content(old, said), by_content(config, inputs))
             if not MAY_CHANGE.fullmatch(key) and not (old.branch.traces == config.branch.traces and STEP.fullmatch(key))
         ]
         before, now = places(old), places(config)
@@ -242,16 +242,19 @@ class RunDir:
                 f"{self.path}: was begun with other settings ({', '.join(settings)}); "
                 "begin anew beside it with --from-scratch, or choose another `output`"
             )
-        told = [
-            f"`{key}`: {now[key]} does not hold what {before[key]} did"
+        told = {
+            key: f"`{key}`: {now[key]} does not hold what {before[key]} did"
             if now[key] != before[key]
             else f"{key if key == 'student' else now[key]} changed since"
             for key in changed
-        ]
+        }
+        for what, other in (("weights", "other weights"), ("tokenizer", "another tokenizer")):
+            if what in said and said[what] != inputs.get(what, said[what]):
+                told.setdefault("student", f"{config.student} has {other} now")
         if told:
             raise UserError(
-                f"{self.path}: was begun with other inputs ({', '.join(told)}); bring them back, name their place now "
-                f"({changed[0]}=PATH), or begin anew beside it with --from-scratch"
+                f"{self.path}: was begun with other inputs ({', '.join(told.values())}); bring them back, name their "
+                f"place now ({next(iter(told))}=PATH), or begin anew beside it with --from-scratch"
             )
 
     def at_work(self) -> str | None:

@@ -12,10 +12,12 @@ import yaml
 from conftest import refused
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from wild import jsonl, recipe, rows
+from wild import CHATML, jsonl, llama, recipe, rows
 from wild import student as make_student
+from wild import tokenizer as make_tokenizer
 
 from mot_lora import UserError, compare, export, export_adapter, load_config, run
+from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.consensus import consensus
 from mot_lora.inputs import by_content, found, places, resolved
@@ -263,6 +265,39 @@ def test_another_student_or_other_rows_are_refused_by_name(home: Path, tmp_path:
     said = refused(call("export", home / "runs/tiny", "--round", 2, "--student", other, "--out", tmp_path / "out"))
     assert said.startswith(f"{other}: is not the model that {home / 'runs/tiny'} was begun with")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_trained_further_in_one_module_is_another(tmp_path: Path) -> None:
+    """Its config, the shapes of its tensors and the last megabyte of its file are the same."""
+    llama(tmp_path / "base", intermediate_size=4096)
+    merged = shutil.copytree(tmp_path / "base", tmp_path / "merged")
+    tensors = load_file(merged / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] += 0.01
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    was, now = (Checkpoint.open(tmp_path / name).fingerprints() for name in ("base", "merged"))
+    assert was["student"] == now["student"]
+    assert was["weights"] != now["weights"]
+    assert was == Checkpoint.open(shutil.copytree(tmp_path / "base", tmp_path / "copy")).fingerprints()
+
+
+def test_weights_or_a_template_that_are_others_are_refused(home: Path, tmp_path: Path) -> None:
+    now, file = home / "runs/tiny", home / "runs/tiny/environment.json"
+    other = shutil.copytree(home / "base", tmp_path / "template")
+    make_tokenizer(other, template=CHATML.replace("<|im_end|>\n", "<|im_end|>"))
+    with pytest.raises(UserError, match=rf"inputs \({other} has another tokenizer now\)"):
+        go_on(home / "recipe.yaml", f"student={other}")
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "inputs": {**said["inputs"], "weights": "those of another"}}))
+    with pytest.raises(UserError, match=rf"inputs \({home / 'base'} has other weights now\)"):
+        go_on(home / "recipe.yaml")
+    with pytest.raises(UserError, match="is not the model that"):
+        export(now, tmp_path / "out", round=2)
+    # runs that were begun before these were recorded are not refused for them
+    for what in ("weights", "tokenizer"):
+        said["inputs"].pop(what)
+    file.write_text(json.dumps(said))
+    go_on(home / "recipe.yaml")
+    assert set(RunDir(now).environment()["inputs"]) >= {"student", "weights", "tokenizer"}
 
 
 def test_teachers_that_changed_places_are_not_taken_for_each_other(home: Path) -> None:
