@@ -149,7 +149,7 @@ def preview(
     except UserError as e:
         unread = str(e)
     record = plan(config, json.dumps(checkpoint.config), on, Work.of(data) if data else None)
-    return record.model_copy(update={"remarks": data.record.remarks if data else ()}), unread
+    return record.model_copy(update={"remarks": tuple(data.record.remarks) if data else ()}), unread
 
 
 def stages(config: Config) -> list[str]:
