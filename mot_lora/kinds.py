@@ -31,6 +31,9 @@ class Base(Protocol):
     def weight(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor: ...
 
 
+UNGATHERED = "it was saved empty, as DeepSpeed ZeRO-3 does with what it has not gathered: save it again"
+
+
 @dataclass
 class Source:
     """An adapter's config, in PEFT's names, and its tensors, wherever they come from; it makes updates of them.
@@ -117,7 +120,10 @@ class Source:
     ) -> tuple[str, Callable[[Read], Factors]]:
         shape_a, shape_b = list(self.shapes[a]), list(self.shapes[b])
         if len(shape_a) != 2 or len(shape_b) != 2 or not 0 < shape_a[0] == shape_b[1]:
-            raise UserError(f"{self.label}: module {name}: A {shape_a} and B {shape_b} are not [r, in] and [out, r]")
+            why = f"; {UNGATHERED}" if 0 in (*shape_a, *shape_b) else ""
+            raise UserError(
+                f"{self.label}: module {name}: A {shape_a} and B {shape_b} are not [r, in] and [out, r]{why}"
+            )
         parameter = None if embedding else self._parameter(module, name, groups)
         full = f"{name}.{parameter}" if parameter else name
         rank = self._rank(full)
@@ -288,7 +294,7 @@ class Source:
     def _resized(self, stored: str, shape: list[int], size: list[int]) -> str:
         line = f"{self.label}: {stored} is {shape}, its base's has another shape, {size}"
         if 0 in shape:
-            return f"{line}: it was saved empty, as DeepSpeed ZeRO-3 does with what it has not gathered; save it again"
+            return f"{line}; {UNGATHERED}"
         if shape[1:] == size[1:]:
             return (
                 f"{line}: its vocabulary was resized; resize the base's as well (model.resize_token_embeddings("

@@ -21,7 +21,7 @@ from mot_lora.merged import combine
 from mot_lora.pack import pack
 from mot_lora.records import SaveRecord
 from mot_lora.weights import read_weight
-from mot_lora.wrappers import WRAPPERS, unwrapped_config, without_wrappers
+from mot_lora.wrappers import WRAPPERS, module_name, unwrapped_config
 
 
 def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
@@ -121,7 +121,7 @@ class LiveBase:
         for wrapped, module in self.model.get_base_model().named_modules():
             if any(child in WRAPPERS for child, _ in module.named_children()):
                 continue
-            name = without_wrappers(wrapped)
+            name = module_name(wrapped)
             found.setdefault(name.replace(".base_layer", "").replace(".original_module", ""), module)
         return found
 

@@ -60,6 +60,8 @@ def _read(source: Any) -> Adapter:
     from mot_lora.live import adapter_from_peft  # peft takes seconds to load
 
     model, name = source if isinstance(source, tuple) else (source, None)
+    while not hasattr(model, "get_base_model") and hasattr(model, "module"):  # DataParallel, DDP, DeepSpeed
+        model = model.module
     if not hasattr(model, "get_base_model"):
         raise UserError(f"{type(model).__name__} is no adapter: give a folder, a Hub name, an Adapter or a PeftModel")
     return adapter_from_peft(model, name)

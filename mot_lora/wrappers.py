@@ -64,13 +64,13 @@ def unwrapped(keys: Iterable[str], label: str, same: Callable[[str, str], bool])
     return {key: name for name, key in taken.items()}
 
 
-def without_wrappers(name: str) -> str:
-    """A module's name in the model that was wrapped.
+def module_name(name: str) -> str:
+    """The name that PEFT's own would be of a module in a wrapped model.
 
-    >>> without_wrappers("model.layers.0._checkpoint_wrapped_module.mlp")
+    >>> module_name("base_model.model._orig_mod.model.layers.0.mlp")
     'model.layers.0.mlp'
     """
-    return ".".join(p for p in name.split(".") if p not in WRAPPERS)
+    return _parse(PREFIX + name).name
 
 
 def unwrapped_config(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def unwrapped_config(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str
 
 
 def _parse(key: str) -> _Name:
-    parts = without_wrappers(key).split(".")
+    parts = [p for p in key.split(".") if p not in WRAPPERS]
     peft = PREFIX.split(".")[:2]
     # the innermost, where a model was wrapped by PEFT twice
     start = next((i + 2 for i in reversed(range(len(parts) - 1)) if parts[i : i + 2] == peft), 0)
