@@ -15,7 +15,7 @@ from mot_lora.merged import Merged, combine
 from mot_lora.placement import Placement
 from mot_lora.progress import Progress, silent
 from mot_lora.records import AdapterRecord, InspectRecord, LayerRecord
-from mot_lora.sources import check_bases, read_adapters
+from mot_lora.sources import check_bases, read_adapters, with_common_names
 from mot_lora.tally import Tally, add_tallies
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def inspect_adapters(
     read = read_adapters(adapters, base)
     if base is None:
         check_bases(read)
+    read = with_common_names(read, base)
     merged = combine(read)
     placement = None if base is None else Placement.of(base, merged)
     if placement:

@@ -1,10 +1,12 @@
 """Names that wrappers leave in adapters: understood, in tensors and in the config, or refused by name."""
 
 import copy
+import json
 import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +281,31 @@ def test_a_dot_module_within_a_model_stays(wrapped: Path) -> None:
     adapter = load_adapter(wrapped)
     assert "model.layers.0.language_module.self_attn.q_proj" in adapter.updates
     assert adapter.targets["target_modules"] == ["language_module.self_attn.q_proj", "language_module.self_attn.v_proj"]
+
+
+# --- names of other classes ------------------------------------------------------------------------------
+
+
+def test_adapters_of_a_model_without_its_head_need_the_base(
+    base: Path, plain: dict[str, Path], tmp_path: Path, call: Any
+) -> None:
+    """Embedding models and AutoModel have `layers.0`, where a causal model has `model.layers.0`."""
+    headless = llama().model
+    lora(headless, tmp_path / "headless", base=base, seed=1, task_type=None)  # pyright: ignore
+    assert "layers.0.self_attn.q_proj" in load_adapter(tmp_path / "headless").updates
+    message = refused(call("merge", plain["a"], tmp_path / "headless", "--out", tmp_path / "m"))
+    assert all(s in message for s in ("`a`", "`headless`", "model.layers.0.self_attn.q_proj", "--base"))
+    assert call("merge", plain["a"], tmp_path / "headless", "--base", base, "--out", tmp_path / "m")[0] == 0
+    assert call("merge", plain["a"], plain["b"], "--out", tmp_path / "want")[0] == 0
+    assert far(stored(tmp_path / "m"), stored(tmp_path / "want")) == 0
+    status, out, _ = call("inspect", plain["b"], tmp_path / "headless", "--base", base, "--json")
+    assert status == 0
+    assert json.loads(out)["overall"]["cosine"][0][1] == pytest.approx(1)
+    assert call("merge", tmp_path / "headless", "--out", tmp_path / "alone")[0] == 0  # alone, it is one for AutoModel
+
+
+def test_modules_of_two_names_within_an_adapter_are_two(plain: dict[str, Path]) -> None:
+    a, b = (load_adapter(plain[n]) for n in "ab")
+    both = {**a.updates, **{m.removeprefix("model."): u for m, u in b.updates.items()}}
+    merged = merge_adapters([replace(a, updates=both), b])
+    assert len(merged.shapes) == 8
