@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -12,7 +13,7 @@ from mot_lora.checkpoint import Checkpoint, locate
 from mot_lora.config import compiled
 from mot_lora.errors import UserError
 from mot_lora.kinds import CONFIG_FILE, Base, Source
-from mot_lora.layout import Layout
+from mot_lora.layout import TEXT, Layout
 from mot_lora.lowrank import Adapter
 from mot_lora.tensorfile import TensorFile
 from mot_lora.wrappers import unwrapped_config
@@ -120,3 +121,26 @@ def _read_config(path: Path) -> dict[str, Any]:
         first = e.errors(include_url=False)[0]
         raise UserError(f"{file}: {first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from e
     return config
+
+
+def two_names(adapters: Sequence[Adapter]) -> tuple[tuple[Adapter, str], tuple[Adapter, str]] | None:
+    """Modules of two adapters that may be one by other names, those of another class (AutoModel) or release."""
+    seen: dict[str, tuple[Adapter, str]] = {}
+    for adapter in adapters:
+        mine = {TEXT.sub("", module): module for module in adapter.updates}
+        for rest, module in mine.items():
+            other, name = seen.get(rest, (adapter, module))
+            if name not in adapter.updates and module not in other.updates:
+                return (other, name), (adapter, module)
+        seen = {rest: (adapter, module) for rest, module in mine.items()} | seen
+    return None
+
+
+def check_names(adapters: Sequence[Adapter]) -> None:
+    """UserError where two adapters may call one module by two names, which only their base can tell."""
+    if clash := two_names(adapters):
+        (a, one), (b, other) = clash
+        raise UserError(
+            f"adapter `{a.name}` has {one} where `{b.name}` has {other}: they may be one module, of a model in another "
+            "class or release; name their base with base= or --base, which tells"
+        )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mot_lora.adapters import check_names
 from mot_lora.agreement import layer_of, tally
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.lowrank import Adapter, Factors, spectrum
@@ -40,7 +41,9 @@ def inspect_adapters(
     read = read_adapters(adapters, base)
     if base is None:
         check_bases(read)
-    read = with_common_names(read, base)
+        check_names(read)
+    else:
+        read = with_common_names(read, base)
     merged = combine(read)
     placement = None if base is None else Placement.of(base, merged)
     if placement:

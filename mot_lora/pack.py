@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mot_lora.adapters import WEIGHTS_FILE
+from mot_lora.adapters import WEIGHTS_FILE, check_names
 from mot_lora.errors import UserError, writing
 from mot_lora.kinds import CONFIG_FILE
 from mot_lora.lowrank import Adapter, Dense, Factors, Form, Origin, Update, inner, truncate
@@ -44,8 +44,8 @@ def save_adapter(
     ranks are filled up with zeros to one rank, which every reader scales alike, unless that would more
     than double the file and add 64 MiB. A folder that is there already is replaced, file by file.
 
-    Errors: UserError for a merge that is not low-rank (TIES, DARE, ...) without a rank, and a path that cannot be
-    written.
+    Errors: UserError for a merge that is not low-rank (TIES, DARE, ...) without a rank, for adapters that may call one
+    module by two names, and a path that cannot be written.
 
     >>> save_adapter(merge_adapters(["a", "b"]), "merged", rank=16).lost  # doctest: +SKIP
     0.031
@@ -76,6 +76,7 @@ def pack(
     adapter: Adapter | Merged, rank: int | None = None, progress: Progress = silent, filled: bool = True
 ) -> Packed:
     """An adapter or a merge as PEFT holds it, its lower ranks `filled` up with zeros or not; else as `save_adapter`."""
+    check_names(_adapters(adapter))
     modules = list(adapter.shapes if isinstance(adapter, Merged) else adapter.updates)
     forms = _forms(adapter)
     tensors: dict[str, Tensor] = {}

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mot_lora.adapters import load_adapter
+from mot_lora.adapters import load_adapter, two_names
 from mot_lora.base_names import compare
 from mot_lora.checkpoint import Checkpoint
 from mot_lora.config import PerModule
 from mot_lora.errors import UserError, remark
 from mot_lora.kinds import Made
-from mot_lora.layout import TEXT, Layout
+from mot_lora.layout import Layout
 from mot_lora.lowrank import Adapter, Update
 from mot_lora.merge import Method
 from mot_lora.merged import Merged, combine
@@ -45,7 +45,8 @@ def merge_adapters(
     read = read_adapters(adapters, base)
     if base is None:
         check_bases(read)
-    read = with_common_names(read, base)
+    else:
+        read = with_common_names(read, base)
     return combine(read, method, weights, density, scale, seed, space)
 
 
@@ -85,36 +86,12 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [str(f) for f in folders]
 
 
-def with_common_names(adapters: Sequence[Adapter], base: str | Path | Checkpoint | None = None) -> Sequence[Adapter]:
-    """Adapters that all call a module by its name in the base, where they do not call it alike.
-
-    Those of a model without its head (AutoModel), or by the names of another release, call it otherwise.
-
-    Errors: UserError where they do, and there is no base that tells what it is called.
-    """
-    if (clash := _two_names(adapters)) is None:
+def with_common_names(adapters: Sequence[Adapter], base: str | Path | Checkpoint) -> Sequence[Adapter]:
+    """Adapters that all call a module by its name in the base, where they do not call it alike."""
+    if two_names(adapters) is None:
         return adapters
-    if base is None:
-        (a, one), (b, other) = clash
-        raise UserError(
-            f"adapter `{a.name}` has {one} where `{b.name}` has {other}: they may be one module, of a model in another "
-            "class or release; name their base with base= or --base, which tells"
-        )
     layout = Layout(base if isinstance(base, Checkpoint) else Checkpoint.open(base))
     return [replace(a, updates=_renamed(a.updates, layout)) for a in adapters]
-
-
-def _two_names(adapters: Sequence[Adapter]) -> tuple[tuple[Adapter, str], tuple[Adapter, str]] | None:
-    """Modules of two adapters that may be one by other names."""
-    seen: dict[str, tuple[Adapter, str]] = {}
-    for adapter in adapters:
-        mine = {TEXT.sub("", module): module for module in adapter.updates}
-        for rest, module in mine.items():
-            other, name = seen.get(rest, (adapter, module))
-            if name not in adapter.updates and module not in other.updates:
-                return (other, name), (adapter, module)
-        seen = {rest: (adapter, module) for rest, module in mine.items()} | seen
-    return None
 
 
 def _renamed(updates: Mapping[str, Update], layout: Layout) -> Mapping[str, Update]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import change_config, dense, fresh, peft_adapter, peft_model
+from conftest import change_config, dense, fresh, peft_adapter, peft_model, stored
 from peft import PeftModel
 
 from mot_lora import Adapter, Factors, UserError, adapter_from_peft, fold_checkpoint, load_adapter, merge_adapters
@@ -233,11 +233,12 @@ def test_a_layer_and_a_bare_parameter_do_not_mix(bases: dict[str, Path], tmp_pat
     peft_adapter(bases["tied"], tmp_path / "bare", 0, target_modules=["o_proj"], target_parameters=["q_proj.weight"])
     with pytest.raises(UserError, match=r"q_proj: some adapters hold it as a layer, others as a bare parameter"):
         merge_adapters([tmp_path / "layer", tmp_path / "bare"])
-    # even in two merges of one ledger
-    ledger = [merge_adapters([tmp_path / name]) for name in ("layer", "bare")]
-    with pytest.raises(UserError, match="adapters of two layouts"):
-        fold_checkpoint(bases["tied"], ledger, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    # two merges of one ledger add up
+    layer, bare = (merge_adapters([tmp_path / name]) for name in ("layer", "bare"))
+    out = fold_checkpoint(bases["tied"], [layer, bare], tmp_path / "out")
+    q = "model.layers.0.self_attn.q_proj"
+    change = stored(out)[f"{q}.weight"] - stored(bases["tied"])[f"{q}.weight"]
+    torch.testing.assert_close(change, layer.delta(q) + bare.delta(f"{q}.weight"), rtol=1e-5, atol=1e-6)
 
 
 def test_reading_is_left_until_it_is_needed(folders: dict[str, Path]) -> None:
