@@ -50,9 +50,11 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(known.listed_ends[0])
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end-of-text token")
-    pad = cast("int | None", tokenizer.pad_token_id)
-    if pad is None or pad >= (known.embedded or pad + 1):
-        tokenizer.pad_token = tokenizer.eos_token  # what is padded is never looked at, but it is embedded
+    # what is padded is never looked at, but it is embedded
+    pads = [p for p in (tokenizer.pad_token_id, *end_ids(tokenizer)) if isinstance(p, int)]
+    pad = next((p for p in pads if p < (known.embedded or p + 1)), pads[0])
+    if pad != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -199,7 +201,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], t
             f"its prompt is rendered by a chat template already, which is not the student's or has other messages "
             f"before it (it begins with {begin}); give what the user says alone"
         )
-    text = _render(tokenizer, template.text, messages, parts=template.parts, thinking=template.thinking, tools=tools)
+    # of several templates, one can be for conversations with tools
+    written = pinned(tokenizer.get_chat_template(tools=list(tools))) if tools else template.text
+    text = _render(tokenizer, written, messages, parts=template.parts, thinking=template.thinking, tools=tools)
     if left_out := next((name for name in tool_names(messages, tools) if name not in text), None):
         raise UserError(f"the student's chat template leaves out the tool `{left_out}`: it has no place for tools")
     return text + template.turn.header

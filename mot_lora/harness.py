@@ -284,6 +284,9 @@ def _in_memory(chosen: Chosen, who: str, device: torch.device) -> "PreTrainedMod
 
     config = chosen.config
     model = load_model(chosen.checkpoint, config.quantization, device, config.trust_remote_code)
+    data = chosen.rundir.data_record()
+    if data and data.turn:
+        cast("Any", model.generation_config).eos_token_id = list(data.turn.stop_ids)
     if who == "base":
         return model
     peft_model = add_adapter(model, config.lora)

@@ -45,6 +45,14 @@ USERS = (
     "[|user|]",
     "[INST]",
 )
+
+
+def _any(texts: Sequence[str]) -> str:
+    """A pattern for any of these texts; some vocabularies have added tokens of spaces, which mark nothing."""
+    return "|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))) or r"(?!)"
+
+
+BEGINNING = rf"(?:(?:{_any(BEGINS)})\s*)"
 # How a prompt begins and ends that was rendered by one of those templates.
 RENDERED = (
     ("<|im_start|>", "<|im_start|>assistant"),
@@ -197,14 +205,9 @@ def _end(last: str, middle: str, ends: Sequence[str], marks: Sequence[str]) -> t
     return (last.rstrip() if middle.startswith(last.rstrip()) else ""), ends[0]
 
 
-def _any(texts: Sequence[str]) -> str:
-    """A pattern for any of these texts; some vocabularies have added tokens of spaces, which mark nothing."""
-    return "|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))) or r"(?!)"
-
-
 def _bare(text: str) -> str:
     """A text without what begins a whole one, and without spaces around it."""
-    return re.sub(rf"\A(?:(?:{_any(BEGINS)})\s*)+", "", text.strip())
+    return re.sub(rf"\A{BEGINNING}+", "", text.strip())
 
 
 # --- texts that hold the marks already -------------------------------------------------------------------
@@ -228,8 +231,8 @@ def holds_turn(text: str, turn: Turn, ends: Sequence[str] = ()) -> bool:
     users = [user for user in (*USERS, turn.again) if user.strip() and user in text]
     if not users:
         return False
-    end, begin = _any([*ends, *ENDS, turn.stop]), _any(BEGINS)
-    return re.search(rf"(?:{end})\s*(?:(?:{begin})\s*)*(?:{_any(users)})", text) is not None
+    end = _any([*ends, *ENDS, turn.stop])
+    return re.search(rf"(?:{end})\s*{BEGINNING}*(?:{_any(users)})", text) is not None
 
 
 def unrendered(text: str, turn: Turn) -> tuple[Message, ...] | None:

@@ -41,6 +41,12 @@ def test_padding_with_a_token_that_is_not_embedded_does_no_harm(tmp_path: Path) 
     assert float(together) == pytest.approx(sum(float(loss) for loss, _ in alone), rel=1e-5)
 
 
+def test_where_the_tokenizers_end_is_not_embedded_either_another_one_pads(tmp_path: Path) -> None:
+    embedded = short_by(tmp_path, 2, pad="<|last|>", eos="<|bos|>")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257]}')
+    assert load_tokenizer(tmp_path).pad_token_id == 257 < embedded
+
+
 def test_a_pad_token_that_is_embedded_is_kept(tmp_path: Path) -> None:
     short_by(tmp_path, 1)
     assert load_tokenizer(tmp_path).pad_token == "<|pad|>"

@@ -467,6 +467,15 @@ def test_several_templates_without_a_default_are_one_line() -> None:
         prompt_text(tok, ({"role": "user", "content": "q"},))
 
 
+def test_a_template_for_tools_is_used_where_a_row_offers_some() -> None:
+    tok = tokenizer(None, template=None)
+    tools = "{% for t in tools %}<tool>{{ t['function']['name'] }}</tool>{% endfor %}"
+    tok.chat_template = {"default": CHATML + OPEN, "tool_use": tools + CHATML + OPEN}
+    question = ({"role": "user", "content": "q"},)
+    offered = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    assert prompt_text(tok, question, [offered]) == f"<tool>add</tool>{prompt_text(tok, question)}"
+
+
 def test_a_conversation_that_is_not_taken_names_its_roles() -> None:
     tok = made(FAMILIES["gemma"])
     with pytest.raises(UserError, match="does not take a conversation of user, user"):
