@@ -4,7 +4,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from mot_lora.quantities import NUMBER, UNIT, moment, quantities, quantity
+from mot_lora.quantities import MOMENT, NUMBER, UNIT, moment, quantities, quantity
 
 # --- signs and dress --------------------------------------------------------------------------------
 
@@ -47,6 +47,10 @@ _DRESS = [
         (r"\\\$", "\u00a4"),  # dollars, where $ stands around formulas
         (r"(?<![\w)*])(?:\*\*|__|`+)(?=\S)|(?<=\S)(?:\*\*|__|`+)(?![\w(])", ""),
         (r"\*\*", "^"),
+        (r"(?s)<\|\w+\|>.*", ""),  # what a model goes on with after a turn
+        (r"</?(?:b|strong|i|em|u|p|span|br)\s*/?>", ""),
+        (r"\\langle", "("),
+        (r"\\rangle", ")"),
         (r"(?<=\d)_(?=\d{3}(?!\d))", ""),
         (r"\\(?:left|right|[Bb]igg?[lr]?)(?![A-Za-z])\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|rm|bf|it|boxed|fbox)(?![A-Za-z])\s*", ""),
@@ -83,10 +87,11 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = re.sub("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
         text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda m: unicodedata.normalize("NFKC", m[0]), text)
+        text = re.sub(r"\u221b\s*(\d+|[a-z]|\([^()]*\))", r"\\sqrt[3]{\1}", text)
         text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b\u207a]+", r"^{\g<0>}", text).translate(_RAISED)
         text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text.translate(_SIGN_TABLE))
-    if r"\begin" not in text:  # \\ ends a row there, and is a backslash written twice elsewhere
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
+    # \\ ends a row of a matrix; elsewhere it is a backslash written twice
+    text = " ".join(text.split()) if r"\begin" in text else re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     for pattern, put in _DRESS:
         text = pattern.sub(put, text)
     return text.strip()
@@ -106,7 +111,7 @@ def bare(text: str) -> str:
         if around and not re.search(r"\\[)\]]", around[2] or around[3] or ""):
             text = next((g for g in around.groups() if g is not None), "").strip()
     # a dash of print is a minus where an answer begins with it
-    return re.sub(r"^[\u2012-\u2015]\s*(?=[\d.\\])", "-", text)
+    return re.sub(r"^(?:[\u2012-\u2015]\s*|minus |negative )(?=[\d.\\])", "-", text)
 
 
 # --- where it stands --------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ _JOINED = re.compile(rf"\.?(?:{_BETWEEN}(?:,|\band\b|\bor\b|\u548c|\u6216))+{_BE
 _DENIED = re.compile(r"\b(?:not|instead of|rather than)\s*[$\\(\[*]*\s*$|n't\s+[$\\(\[*]*$", re.IGNORECASE)
 _IS = (
     r"(?:(?:is|are|was|were|will be|would be|should be|must be|equals|est|es|ist|lautet|\u00e9|\u00e8)(?![A-Za-z])"
-    r"|[\u662f\u4e3a\u70ba\u306f\uc740\ub294:\uff1a=])"
+    r"|[\u662f\u4e3a\u70ba\u306f\uc740\ub294:\uff1a=]|[\u2013\u2014-]\s+(?=\(?[A-Z]\b))"
 )
 _ANSWER = (
     r"\b(?:answers?|ans\.?|(?:correct|right|best) (?:option|choice)|respuesta|r\u00e9ponse|resposta|risposta|antwort"
@@ -202,15 +207,18 @@ FUNCTIONS = (
 )
 _PROSE = re.compile(r"(?<![^\s(])[A-Za-z]{2,}(?=[\s.,;:!?)]|$)")
 _ITEM = rf"[$\u00a4\u20ac\u00a3\u00a5]?{NUMBER}(?:\s*%|\s*(?:per\s?cent\b|{UNIT}))?"
+_MARKS = "\u221a\u221b\u03c0\u00d7\u00f7\u00b7\u22c5\u221e"  # of a formula that a number is a part of
 _NUMBERS = re.compile(
-    rf"(?<![A-Za-z0-9_.:^/*+\\{{-])-?{_ITEM}(?:(?:\s*,\s*(?:and\ |or\ )?|\s+(?:and|or)\s+|(?<=[a-z])\ ){_ITEM})*"
-    r"(?![A-Za-z0-9_^\\({/*]|[.,:]\d|\s*[+*/^=<>\\-]\s*[\d\w\\])"
-    r"|(?<![\w:.])\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?(?![\w:])",
+    rf"(?<![\w:.])(?:{MOMENT})(?![\w:])"
+    rf"|(?<![A-Za-z0-9_.:^/*+{_MARKS}\\{{-])-?{_ITEM}"
+    rf"(?:(?:\s*,\s*(?:and\ |or\ )?|\s+(?:and|or)\s+|(?<=[a-z])\ ){_ITEM})*"
+    rf"(?![A-Za-z0-9_{_MARKS}\u00b2\u00b3^\\({{/*]|[.,:]\d|\s*[+*/^=<>\\-]\s*[\d\w\\])",
     re.VERBOSE | re.IGNORECASE,
 )
 # 7, not 5; more than 5; 3x + 5
 _REFUSED = re.compile(
-    r"(?:\b(?:not|nor|neither|than|instead of|without)|n't)(?: equal to)?[ $]*$|\u4e0d\u662f\s*$|[+*/^<>-]\s*$"
+    r"(?:\b(?:not|nor|neither|than|instead of|without|plus|minus|times|over)|n't)(?: equal to)?[ $]*$"
+    r"|\u4e0d\u662f\s*$|[+*/^<>-]\s*$"
 )
 _HIDDEN = "\u2588"
 
@@ -236,20 +244,28 @@ def expression(text: str) -> str:
     part = decided(text)
     if part is None:
         whole, last = bare(text), bare(text.strip().rpartition("\n")[2])
-        return next((x for x in (whole, last) if _is_answer(x)), bare(_in_prose(text, -1)) or whole)
+        read = (x for x in (whole, last, _after_is(last)) if _is_answer(x))
+        return next(read, bare(_in_prose(text, -1)) or whole)
     whole = bare(part)
     if _is_answer(whole):
         return whole
-    # "The final answer: the largest $n$ is 34"
-    tail = re.match(r"[A-Za-z]{2,}\b.*\b(?:is|are|equals)\b(.*)", whole, re.DOTALL)
-    if tail and _is_answer(end := bare(tail[1])):
+    if re.match(r"[A-Za-z]{2,}\b", whole) and _is_answer(end := _after_is(whole)):  # the largest $n$ is 34
         return end
     return whole if boxed(text) is not None else bare(_in_prose(part, 0)) or whole
 
 
+def _after_is(sentence: str) -> str:
+    return _spaced(bare(re.split(r"\b(?:is|are|equals)\b", sentence)[-1]))
+
+
+def _spaced(text: str) -> str:
+    """In a sentence 5m is a length, in a formula it may be five times m."""
+    return re.sub(rf"(?<=\d)(?={UNIT}$)", " ", text)
+
+
 def _is_answer(text: str) -> bool:
     """Whether a text is nothing but an answer."""
-    if "\n" in text or "$" in text.lstrip("-$") or not re.search(r"\w", text):
+    if "\n" in text or "$" in text.lstrip("-$") or not re.search(r"\w", text) or text.startswith(r"\end"):
         return False
     return bool(_is_formula(text) or quantities(text) or moment(text) or labelled(text))
 
@@ -261,6 +277,7 @@ def _is_formula(text: str) -> bool:
 
 def _in_prose(text: str, which: int) -> str:
     """The first (0) or the last (-1) formula or number of a text; nothing where there is none."""
+    text = re.sub(r"\bnegative (?=\d)|(?<=\bis )minus (?=\d)", "-", text)
     found: list[tuple[int, int, str]] = []
     for m in _FORMULA.finditer(text):
         start, formula = m.start(), next(g for g in m.groups() if g is not None)
@@ -274,21 +291,24 @@ def _in_prose(text: str, which: int) -> str:
         rest = rest[:start] + _HIDDEN * (end - start) + rest[end:]
     for m in _NUMBERS.finditer(rest):
         if not _REFUSED.search(rest[max(0, m.start() - 20) : m.start()]):
-            found.append((m.start(), m.end(), re.sub(rf"(?<=\d)(?={UNIT}$)", " ", m[0])))
+            found.append((m.start(), m.end(), _spaced(m[0])))
     return sorted(found)[which][2] if found else ""
 
 
 # --- letters and words ------------------------------------------------------------------------------
 
 _LABEL = re.compile(
-    r"(?:(?:the )?(?:option|choice|answer)\s+)?(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])(?![A-Za-z0-9_^=+*/<>'(-]))\s*(.*)",
+    r"(?:(?:the )?(?:option|choice|answer)\s+)?"
+    r"(?:[(\[]{1,2}([A-Za-z])[)\]]{1,2}|([A-Za-z])(?![A-Za-z0-9_^=+*/<>'(-]))\s*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _ANOTHER = re.compile(r"[\W_]*(?:,|\band\b|\bor\b|/|&)\W*[A-Za-z]\b")
-_GOES_ON = re.compile(r"$|[).:,;\u2013\u2014-]|(?:because|since|as|for|is)\b")
+_GOES_ON = re.compile(
+    r"$|[).:,;\u2013\u2014-]|(?:because|since|as|for|is (?:the |my )?(?:correct|right|best|true|final|answer))\b"
+)
 _CHOOSES = re.compile(
     r"\b(?i:option|choice|choose|select|pick|go with)\s*(?:is\s+|:\s*)?\(?([A-Z])\b"
-    r"|(?<![A-Za-z])\(?([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|true)\b|\u9009\s*([A-Z])"
+    r"|(?<![A-Za-z])\(?([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best|true)\b|\u9009\u62e9?\s*([A-Z])"
 )
 
 
@@ -319,7 +339,7 @@ def chosen(text: str) -> str | None:
         if named:
             return named.pop() if len(named) == 1 else None
         if m := re.search(r"\b(?:is|be|it's)\s+\(?([B-HJ-Z])\)?$", bare(text)):
-            return m[1]
+            return None if _DOUBT.search(text) else m[1]
     lines = [text.strip().partition("\n")[0], text.strip().rpartition("\n")[2]] if part is None else [part]
     return next((label[0] for label in map(labelled, map(bare, lines)) if label), None)
 

@@ -144,21 +144,26 @@ def _bound(memory: int) -> None:
 
 
 def _verifier() -> Any:
-    import math_verify  # pyright: ignore[reportMissingTypeStubs]
-    from latex2sympy2_extended import NormalizationConfig  # pyright: ignore[reportMissingTypeStubs]
-    from math_verify import grader  # pyright: ignore[reportMissingTypeStubs]
-
+    names = "math_verify.grader", "math_verify.parser", "latex2sympy2_extended.math_normalization", "sympy"
+    grader, parser, latex, sympy = map(cast("Any", import_module), names)
     logging.disable()
+    solve_alike = grader.sympy_solve_and_compare
+
+    def solved_alike(gold: Any, answer: Any, *how: Any) -> bool:
+        """Of two equations that sympy finds no solutions for, nothing is known."""
+        return bool(sympy.solve(gold, gold.free_symbols)) and solve_alike(gold, answer, *how)
+
+    grader.sympy_solve_and_compare = solved_alike
     grader.sympy_numeric_eq = _same_number  # its own rounds to six places and takes 1/2^{99} for 1/2^{98}
-    norm = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")
-    latex = [math_verify.LatexExtractionConfig(boxed_match_priority=-1, normalization_config=norm)]
-    math = cast("Any", math_verify)
+    style = latex.NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, boxed="none")
 
     def parsed(expression: str) -> Any:
-        return math.parse(f"${expression}$", latex, parsing_timeout=None)
+        # all of it: parse() looks for an expression in a text, and may find a part of one
+        return parser.parse_latex_cached(latex.normalize_latex(" ".join(expression.split()), config=style))
 
     def verify(gold: str, answer: str) -> bool:
-        return bool(math.verify(parsed(gold), parsed(answer), timeout_seconds=None, allow_set_relation_comp=True))
+        both = parsed(gold), parsed(answer)
+        return bool(grader.verify(*both, timeout_seconds=None, allow_set_relation_comp=True))
 
     return verify
 

@@ -99,11 +99,13 @@ def _named_unit(text: str) -> Unit | None:
 # --- numbers ----------------------------------------------------------------------------------------
 
 _GROUPED = (
-    r"(?!0)\d{1,3}(?:(?:,\d{3})+|(?:[ ]\d{3})+|(?:'\d{3})+|(?:\.\d{3}){2,})(?![\d,])|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)"
+    r"\d{1,3}(?:[. ]\d{3})+,\d{1,2}(?![\d,])"
+    r"|(?!0)\d{1,3}(?:(?:,\d{3})+|(?:[ ]\d{3})+|(?:'\d{3})+|(?:\.\d{3}){2,})(?![\d,])|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)"
 )
 _DECIMAL = rf"(?:(?:{_GROUPED}|\d+)(?:\.\d*)?|\.\d+)"
 _BRACED = rf"(?:\{{\s*-?\s*{_DECIMAL}\s*\}}|\d)"
-NUMBER = rf"""(?:(?:\d+(?:[ ]+|(?=\\)))?(?:{_DECIMAL}[ ]?/[ ]?\d+(?:\.\d+)?|\\frac\s*{_BRACED}\s*{_BRACED})
+NUMBER = rf"""(?:\d*\.\d*\\overline\s*\{{\d+\}}
+    |(?:\d+(?:[ ]+|(?=\\)))?(?:{_DECIMAL}[ ]?/[ ]?\d+(?:\.\d+)?|\\frac\s*{_BRACED}\s*{_BRACED})
     |(?:{_DECIMAL}[ ]*(?:\\times|\\cdot|[x*])[ ]*)?10[ ]*\^[ ]*(?:\{{\s*[+-]?\d{{1,4}}\s*\}}|[+-]?\d{{1,4}})
     |{_DECIMAL}[eE][+-]?\d{{1,4}}(?![\w.])
     |{_DECIMAL})"""
@@ -170,11 +172,11 @@ def _single(text: str) -> Quantity | None:
     if scale and (factor := _SCALES.get(scale[1].removesuffix("s"))):
         value, rest = value * factor, rest[scale.end() :]
     if rest.strip():
-        named = unit(rest)
+        named = unit(rest) or unit(f"{m['currency'] or ''}{rest}")
         # 5t may be tons, and it may be five times t
         if re.match(r"[A-Za-z]\b", rest) or not (named or _NOUNS.fullmatch(rest.strip())):
             return None
-        measure = measure or named
+        measure = named or measure
         noun = "" if named else rest.strip(" ().").casefold()
     places = len(m["number"].partition(".")[2]) if re.fullmatch(r"[+-]?[ ]?[\d,' ]*\.\d+", m["number"]) else 0
     return Quantity(-value if m["less"] else value, places, bool(m["percent"]), measure, noun)
@@ -207,6 +209,13 @@ def _value(number: str) -> Fraction | None:
 
 
 def _decimal(text: str) -> Fraction:
+    if m := re.fullmatch(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", text):
+        whole, places, endless = m.groups()
+        return Fraction(f"{whole or 0}.{places or 0}") + Fraction(
+            int(endless), (10 ** len(endless) - 1) * 10 ** len(places)
+        )
+    if re.fullmatch(r"[\d. ]+,\d\d?", text):  # a decimal comma
+        text = re.sub(r"[. ]", "", text).replace(",", ".")
     text = re.sub(r"[,' ]", "", text)
     return Fraction(text.replace(".", "") if text.count(".") > 1 else text)
 
@@ -219,8 +228,8 @@ def quantities(text: str) -> list[Quantity]:
     """
     if one := quantity(text):
         return [one]
-    loose = re.search(r";|\band\b|\bor\b|,\s", text)
-    parts = re.split(r"\s*;\s*|,?\s+(?:and|or)\s+|,\s+" if loose else ",", text.strip())
+    loose = re.search(r"[;&]|\band\b|\bor\b|,\s", text)
+    parts = re.split(r"\s*[;&]\s*|,?\s+(?:and|or)\s+|,\s+" if loose else ",", text.strip())
     found = [q for q in map(quantity, parts) if q]
     return found if len(found) == len(parts) else []
 
@@ -234,7 +243,9 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     >>> same_quantity(quantity("1 m"), quantity("100 cm")), same_quantity(quantity("1e-9"), quantity("2e-9"))
     (True, False)
     """
-    if gold.percent != answer.percent and not (gold.unit or answer.unit):
+    if gold.percent != answer.percent:
+        if gold.unit or answer.unit:
+            return False
         share, other = (gold, answer) if gold.percent else (answer, gold)
         return other.value in (share.value, share.value / 100)
     if gold.unit and answer.unit:
@@ -253,18 +264,21 @@ def _rounded(short: Quantity, long: Quantity) -> bool:
 
 _MONTHS: list[str] = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec)[a-z]*\.?"
-_DATES = [
-    (re.compile(pattern, re.IGNORECASE), kind, order)
-    for pattern, kind, order in (
-        (r"(\d{4})-(\d{1,2})-(\d{1,2})", "date", (1, 2, 3)),
-        (rf"{_MONTH}\s+(\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(\d{{4}}))?", "date", (3, 1, 2)),
-        (rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTH},?(?:\s+(\d{{4}}))?", "date", (3, 2, 1)),
-        (r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})", "slashed", (3, 1, 2)),  # a day or a month before the other
-    )
-]
+_DATES = (
+    (r"(\d{4})-(\d{1,2})-(\d{1,2})", "date", (1, 2, 3)),
+    (rf"{_MONTH}\s+(\d{{1,2}})(?:st|nd|rd|th)?(?:,?\s+(\d{{4}}))?", "date", (3, 1, 2)),
+    (rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?{_MONTH},?(?:\s+(\d{{4}}))?", "date", (3, 2, 1)),
+    (r"(\d{1,2})[/.](\d{1,2})[/.](\d{4})", "slashed", (3, 1, 2)),  # a day or a month before the other
+)
+_READ = [(re.compile(pattern, re.IGNORECASE), kind, order) for pattern, kind, order in _DATES]
 _CLOCK = re.compile(
     r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+|\d{1,2}(?=\s*[ap]))\s*(?:([ap])\.?\s*m\b\.?)?", re.IGNORECASE
 )
+MOMENT = "|".join(re.sub(r"(?<!\\)\((?!\?)", "(?:", pattern) for pattern, *_ in _DATES) + (
+    r"|\d{1,2}:\d\d(?:\s*[ap]\.?m\b\.?)?|\d{1,2}\s*(?:[ap]\.m\.|[ap]m\b)"
+)
+"""A date or a time of day, in a sentence."""
+
 Moment = tuple[str, ...]
 
 
@@ -275,7 +289,7 @@ def moment(text: str) -> Moment | None:
     >>> moment("July 4, 1776") == moment("1776-07-04"), moment("09:05"), moment("3 pm")
     (True, ('ratio', '9', '5'), ('clock', '15', '0'))
     """
-    for pattern, kind, order in _DATES:
+    for pattern, kind, order in _READ:
         if m := pattern.fullmatch(text):
             parts = [(m[i] or "0").lower()[:4] for i in order]
             return kind, *(str(_MONTHS.index(p[:3]) + 1 if p[:3] in _MONTHS else int(p)) for p in parts)

@@ -89,7 +89,10 @@ def same(gold: str, answer: str) -> bool:
     (True, True, True, False)
     """
     ways = [re.split(r"\\approx(?![A-Za-z])", x) for x in (gold, answer)]  # 1/3 \approx 0.33 says both
-    return any(_same(g.strip(), a.strip()) for g in ways[0] for a in ways[1])
+    ways = [[x.strip() for x in way] for way in ways]
+    if len(ways[0]) == len(ways[1]):
+        return all(map(_same, *ways))
+    return any(_same(g, a) for g in ways[0] for a in ways[1])
 
 
 def _same(gold: str, answer: str) -> bool:
@@ -106,6 +109,8 @@ def _same(gold: str, answer: str) -> bool:
     names = {_EQUALS.split(x)[0].strip() for x in (gold, answer) if _EQUALS.search(x)}
     if len(names) < 2 and (right := _numbers(gold)) and (given := _numbers(answer)):
         return (not _is_condition(gold) or bool(_EQUALS.search(answer))) and _same_numbers(right, given)
+    if len(names) == 2 and all(re.fullmatch(r"[A-Za-z]\w*\([^()]*\)", name) for name in names):
+        return False  # f(2) and f(3) may both be 5
     (gold, measure), (answer, other) = _measured(gold), _measured(answer)
     if measure and other and measure != other:
         return False
@@ -125,7 +130,7 @@ def _tight(text: str) -> str:
 
 def _numbers(text: str) -> list[Quantity]:
     """The quantities that a text lists, or what an equation comes to; none where it is anything else."""
-    return quantities(text if re.search(r"[,;]|\band\b|\bor\b", text) else _EQUALS.split(text)[-1].strip())
+    return quantities(text if re.search(r"[,;&]|\band\b|\bor\b", text) else _EQUALS.split(text)[-1].strip())
 
 
 def _same_numbers(gold: Sequence[Quantity], answer: Sequence[Quantity]) -> bool:
