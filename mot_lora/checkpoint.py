@@ -142,6 +142,8 @@ class Checkpoint:
             return f"has no {INDEX_FILE}, and not all shards ({', '.join(others)}); download the model again"
         if others:
             return f"transformers takes its weights from {SINGLE_FILE} or an index; rename {', '.join(others)}"
+        if (self.path / "adapter_config.json").exists():
+            return "an adapter, not a model: it holds no weights of a full model; give its base"
         if any(self.path.glob("*.gguf")):
             return "its weights are GGUF, which is quantized; give the original 16-bit model"
         if not Path(self.name).is_dir():
@@ -223,6 +225,11 @@ class Checkpoint:
     def tensor(self, name: str, device: str | torch.device = "cpu", pinned: bool = False) -> Tensor:
         """One tensor as it is stored (see `TensorFile.read`)."""
         return self.files[name].read(name, device, pinned)
+
+    def not_finite(self) -> str | None:
+        """The first tensor found that holds an infinity or a NaN; reads all of the model."""
+        found = (file.not_finite() for file in {f.path: f for f in self.files.values()}.values())
+        return next((name for name in found if name), None)
 
     def where(self, name: str) -> tuple[Path, int]:
         """The shard that holds a tensor, and its place in it: tensors in this order lie one after the other on disk."""

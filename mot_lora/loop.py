@@ -114,6 +114,8 @@ class Loop:
                 except UserError as e:
                     raise UserError(f"{who}: {e}") from e
         if astray:
+            if odd := self.checkpoint.not_finite():
+                astray.append(f"{odd} of {self.checkpoint.name} itself holds inf or NaN: give a student that is whole")
             raise UserError(f"{'; '.join(astray)}; the other branches are kept, the same command goes on")
         adapters = [load_adapter(self.rundir.branch(number, name), name, self.model.device) for name in names]
         weighting, m = self.weigh(number, adapters), self.config.merge

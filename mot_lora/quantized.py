@@ -1,5 +1,6 @@
 """Whether stored weights are quantized, by what they are: the format of their numbers, and what stands beside them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -27,6 +28,10 @@ WRITTEN_BY = {
     "q_weight": "EXL2",
     "trellis": "EXL3",
     "weight_qdata": "torchao",
+    "qdata": "torchao",
+    "data": "Quanto",
+    "centroids": "VPTQ",
+    "dense_weights": "SpQR",
 }
 
 
@@ -40,7 +45,7 @@ def why_quantized(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> s
     """
     for name in sorted(tensors):
         dtype, shape = tensors[name]
-        last = name.rpartition(".")[2]
+        last = re.split("[.:]", name)[-1].removeprefix("_")
         is_float8 = dtype.is_floating_point and dtype.itemsize == 1
         if is_float8 or (dtype in INTEGERS and len(shape) > 1 and last.endswith(("weight", "_proj", "_blocks"))):
             return f"{name} is {str(dtype).removeprefix('torch.')}"

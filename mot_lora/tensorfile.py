@@ -79,7 +79,8 @@ class TensorFile:
         self.entries: dict[str, Entry] = {}
         for name, e in header.items():
             if e["dtype"] not in DTYPES:
-                raise UserError(f"{self.path}: {name} is stored as {e['dtype']}, which is not a plain number format")
+                what = "numbers in blocks with a scale" if e["dtype"].startswith("F") else "no plain number format"
+                raise UserError(f"{self.path}: {name} is stored as {e['dtype']}, {what}; give the 16-bit original")
             start, end = (8 + length + offset for offset in e["data_offsets"])
             self.entries[name] = Entry(DTYPES[e["dtype"]], tuple(e["shape"]), start, end)
 

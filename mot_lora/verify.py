@@ -79,10 +79,15 @@ def verify_placement(p: Placement, out: Path, progress: Progress = silent) -> Ve
 
 
 def _check_loading(p: Placement, written: Checkpoint) -> bool:
-    """Whether transformers has the model's class. UserError where it does not find all of the model in what was
-    written, or what it did not find in the base.
+    """Whether transformers can load such a model. UserError where it does not find all of it in what was written, or
+    more than in the base.
     """
-    found = load(written)
+    try:
+        found = load(written)
+    except UserError:
+        if _loads(p.checkpoint):
+            raise
+        found = None
     if found is None:
         return False
     if lost := found.missing | found.mismatched:
@@ -93,6 +98,13 @@ def _check_loading(p: Placement, written: Checkpoint) -> bool:
     if found.unexpected and (added := found.unexpected - cast("Loaded", load(p.checkpoint)).unexpected):
         raise UserError(f"{written.path}: transformers finds no place for {min(added)}; fold again")
     return True
+
+
+def _loads(checkpoint: Checkpoint) -> bool:
+    try:
+        return load(checkpoint) is not None
+    except UserError:
+        return False
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

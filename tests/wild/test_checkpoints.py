@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -198,6 +199,13 @@ def only_gguf(path: Path) -> None:
     (path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
 
 
+def only_an_adapter(path: Path) -> None:
+    for file in path.glob("model*"):
+        file.unlink()
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.ones(1)}, path / "adapter_model.safetensors")
+
+
 def distributed(path: Path) -> None:
     shutil.copy(path / "model-00001-of-00004.safetensors", path / "shard-00000-model-00001-of-00001.safetensors")
 
@@ -219,6 +227,7 @@ def absolute(path: Path) -> None:
         (half_a_download, "no model.safetensors.index.json, and not all shards"),
         (only_a_variant, r"from model\.safetensors or an index; rename model\.fp16\.safetensors"),
         (only_gguf, "its weights are GGUF"),
+        (only_an_adapter, "an adapter, not a model"),
         (distributed, "holds shard-00000-model-00001-of-00001.safetensors, a distributed checkpoint"),
         (dangling, "model.safetensors: missing"),
         (absolute, r"config\.json names .*no \.safetensors file of its folder"),
@@ -303,6 +312,10 @@ FP8, INT8, INT32, U8, U32 = torch.float8_e4m3fn, torch.int8, torch.int32, torch.
         ({f"{Q}.codes": INT8, f"{Q}.codebooks": torch.float16}, f"{Q}.codebooks is of AQLM"),
         ({"model.layers.0.mlp.experts.down_proj_blocks": U8}, "down_proj_blocks is uint8"),
         ({"model.layers.0.mlp.experts.gate_up_proj": FP8}, "experts.gate_up_proj is float8_e4m3fn"),
+        ({f"{Q}.weight._data": INT8, f"{Q}.weight._scale": torch.bfloat16}, f"{Q}.weight._data is of Quanto"),
+        ({f"{Q}.weight:qdata": INT8, f"{Q}.weight:scale": torch.float32}, f"{Q}.weight:qdata is of torchao"),
+        ({f"{Q}._weight_qdata": U8, f"{Q}._weight_scale": torch.float32}, f"{Q}._weight_qdata is of torchao"),
+        ({f"{Q}.centroids": torch.float16, f"{Q}.indices": torch.int16}, f"{Q}.centroids is of VPTQ"),
         ({f"{Q}.trellis": torch.int16}, f"{Q}.trellis is of EXL3"),
     ],
 )
@@ -665,3 +678,23 @@ def test_a_run_trains_on_the_model_alone_and_exports_it(call: Call, tmp_path: Pa
     assert scale["lora_alpha"] / scale["r"] == 2
     base = {name: t.detach() for name, t in made.state_dict().items()}
     assert far(loaded(tmp_path / "out"), plus(base, branch)) < 1e-6
+
+
+def test_a_run_on_a_base_that_is_not_finite_does_not_blame_the_learning_rate_alone(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    student(path)
+    broken(path, "model.layers.1.mlp.up_proj.weight", float("nan"))
+    line = refused(call("run", recipe(tmp_path, path, jsonl(tmp_path / "one.jsonl", rows(20))), "--quiet"))
+    assert f"model.layers.1.mlp.up_proj.weight of {path} itself holds inf or NaN: give a student that is whole" in line
+
+
+def test_a_base_that_transformers_cannot_load_is_no_fault_of_what_was_written(
+    made: Path, copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, merged = copy(model_type="unheard_of"), merge_adapters([made / "a"])
+    fold_checkpoint(path, merged, tmp_path / "out", verify=True)
+    assert not verify_checkpoint(path, merged, tmp_path / "out").loaded
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        verify_checkpoint(path, merged, tmp_path / "out")
