@@ -17,6 +17,8 @@ from mot_lora.wrappers import PREFIX, unwrapped
 
 CONFIG_FILE = "adapter_config.json"
 
+CLASSIFIERS = ("classifier", "score")
+
 Read = Callable[[str], Tensor]
 Maker = Callable[[Read], Update]
 
@@ -313,7 +315,8 @@ class Source:
         """Each module that the config lists must be there; a name that the model never had cannot be told from it."""
         listed = self.config.get("modules_to_save") or ()
         for target in listed:
-            if not any(is_within(g, target) for g in groups):
+            either = CLASSIFIERS if target in CLASSIFIERS else (target,)  # PEFT lists both, and models have one
+            if not any(is_within(g, t) for g in groups for t in either):
                 raise UserError(f"{self.label}: holds nothing of `{target}`, which modules_to_save lists")
         said: Any = self.config.get("trainable_token_indices") or ()
         have = {m for m, kinds in groups.items() if "tokens" in kinds}

@@ -18,6 +18,8 @@ from mot_lora.errors import UserError
 TEXT = re.compile(r"^(?:(?:model|thinker|language_model|text_model|llm)\.)+")
 """What a text model's names begin with, alone and within models that also see or hear."""
 
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+
 EXPERT = re.compile(r"(.+\.experts\.\w+_proj)s\.(\d+)(?:\.weight)?")
 """One of gpt-oss's stacked experts as Unsloth's linear layers name it: `experts.gate_up_projs.3`."""
 
@@ -166,7 +168,9 @@ class Layout:
     def _check_told(self, name: str) -> None:
         """Without the model's class it cannot be told what shares the values of an embedding or a head."""
         inside = any(part.isdigit() for part in name.split("."))
-        if self.model or inside or self.checkpoint.config.get("tie_word_embeddings") is False:
+        said = [self.checkpoint.config, *(self.checkpoint.config.get(key) or {} for key in TEXT_CONFIGS)]
+        ties = {config["tie_word_embeddings"] for config in said if "tie_word_embeddings" in config}
+        if self.model or inside or ties == {False}:
             return
         if len(self.stored_shape(name) or ()) > 1:
             kind = ", ".join(self.checkpoint.config.get("architectures") or ["?"])

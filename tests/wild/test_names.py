@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from wild import far, lora, rename
 
-from mot_lora import UserError, fold_checkpoint, load_adapter, merge_adapters
+from mot_lora import UserError, fold_checkpoint, inspect_adapters, load_adapter, merge_adapters
 
 TEXT: dict[str, Any] = {
     "vocab_size": 96,
@@ -409,3 +409,71 @@ def test_a_folder_that_names_no_class_or_one_whose_code_comes_with_it(tmp_path: 
     # squares alone: nothing shows whether they are turned
     lora(model, tmp_path / "square", target_modules=["q_proj", "o_proj"])
     folded(base, [tmp_path / "square"], tmp_path / "squares")
+
+
+def test_a_vision_model_of_its_own_code_says_in_its_text_config_that_nothing_is_tied(tmp_path: Path) -> None:
+    """InternVL, as OpenGVLab publishes it: `llm_config`, and a class that transformers does not have."""
+    model = made(lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT)))
+    base = store(model, tmp_path / "base")
+    tensors = {f"language_model.{n}": x for n, x in stored(base).items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    own = {"architectures": ["XChatModel"], "model_type": "x_chat", "auto_map": {"AutoModel": "modeling_x.XChatModel"}}
+    (base / "config.json").write_text(json.dumps({**own, "llm_config": {"tie_word_embeddings": False}}))
+    lora(model, tmp_path / "a", target_modules=["q_proj", "lm_head"], save={"save_embedding_layers": False})
+    update = {n: f.delta() for n, f in load_adapter(tmp_path / "a").updates.items()}
+    rename(tmp_path / "a", lambda n: n.replace("base_model.model.", "base_model.model.language_model."))
+    got = folded(base, [tmp_path / "a"], tmp_path / "out")
+    moved = {f"language_model.{n}.weight": x for n, x in update.items()}
+    assert far(got, {n: x + moved[n] if n in moved else x for n, x in tensors.items()}) < 1e-6
+    (base / "config.json").write_text(json.dumps({**own, "llm_config": {"tie_word_embeddings": True}}))
+    with pytest.raises(UserError, match=r"cannot be told whether language_model\.lm_head\.weight is tied"):
+        folded(base, [tmp_path / "a"], tmp_path / "tied")
+
+
+def test_layer_norms_in_the_words_of_tensorflow(tmp_path: Path) -> None:
+    """bert-base-uncased still stores LayerNorm.gamma and LayerNorm.beta."""
+    config = t.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=96, is_decoder=True
+    )
+    model = made(lambda: t.BertLMHeadModel(config))
+
+    def older(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    base = store(model, tmp_path / "base", older)
+    live = lora(
+        model, tmp_path / "a", target_modules=["query", "dense"], modules_to_save=["attention.output.LayerNorm"]
+    )
+    with torch.no_grad():
+        for name, p in live.named_parameters():
+            if "modules_to_save" in name:
+                p += 0.5
+    live.save_pretrained(str(tmp_path / "a"))
+    assert folded(base, [tmp_path / "a"], tmp_path / "out").keys() == stored(base).keys()
+    check(model, tmp_path / "out", live)
+
+
+def test_a_classifier_with_its_score(tmp_path: Path) -> None:
+    """PEFT lists `classifier` and `score` in modules_to_save of any classifier; a model has one of them."""
+    model = made(lambda: t.Qwen2ForSequenceClassification(t.Qwen2Config(**TEXT, num_labels=3)))
+    live = lora(model, tmp_path / "a", task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=["score"])
+    for where, how in (("saved", None), ("bare", lambda n: n.removeprefix("model."))):
+        base = store(model, tmp_path / where, how)
+        folded(base, [tmp_path / "a"], tmp_path / f"{where} out")
+        check(model, tmp_path / f"{where} out", live)
+
+
+def test_how_large_an_update_is_beside_its_weight_whatever_the_weights_name(tmp_path: Path) -> None:
+    model = made(VLMS["gemma3"][0])
+    base = store(model, tmp_path / "base")
+    lora(model, tmp_path / "a", target_modules=r".*language_model.*(q_proj|down_proj)")
+    updates = load_adapter(tmp_path / "a").updates
+    squares = [
+        sum(float(x.double().square().sum()) for x in xs)
+        for xs in (
+            (u.delta() for u in updates.values()),
+            (model.get_submodule(n).weight.detach() for n in updates),
+        )
+    ]
+    record = inspect_adapters([tmp_path / "a"], base)
+    assert record.adapters[0].relative_norm == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-5)

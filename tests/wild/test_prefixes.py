@@ -149,6 +149,9 @@ def test_embeddings_that_encoder_decoder_and_head_share(family: str, target: str
     )  # fmt: skip
     folded(base, [tmp_path / "a"], tmp_path / "out")
     check(model, tmp_path / "out", live)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    # T5 reads of it how outputs are scaled, and ties whatever it says
+    assert said["tie_word_embeddings"] is (family == "t5" or target == "v")
 
 
 # --- the student of a run --------------------------------------------------------------------------------
