@@ -211,6 +211,7 @@ class Checkpoint:
         """A folder of links in which any loader finds this model and nothing else."""
         with tempfile.TemporaryDirectory(prefix="mot-lora-") as parent:
             folder = Path(parent) / self.path.absolute().name  # by which transformers keeps the code of a model
+            folder.mkdir()
             for file in self.companions:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).symlink_to((self.path / file).absolute())

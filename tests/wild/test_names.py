@@ -337,17 +337,19 @@ def test_tied_heads_copies_and_tokens_of_a_vision_model(family: str, part: str, 
 
 
 def test_adapters_of_two_times_are_merged_as_one(tmp_path: Path) -> None:
-    """One adapter in today's names and one in the older ones: of a linear merge both are a part."""
+    """One adapter in today's names and one in the older ones: both are a part, of whatever method."""
     model = made(VLMS["qwen2-vl"][0])
     base = store(model, tmp_path / "base")
     for seed, name in enumerate("ab"):
         lora(model, tmp_path / name, seed=seed, target_modules=r".*language_model.*(q_proj|v_proj)")
-    want = folded(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "want", weights=[1, 3])
+    both = [tmp_path / "a", tmp_path / "b"]
+    ties = {"method": "ties", "density": 0.5, "base": base}
+    want = [folded(base, both, tmp_path / "linear", weights=[1, 3]), folded(base, both, tmp_path / "ties", **ties)]
     rename(tmp_path / "b", renaming({"model.language_model.": "model."}))
-    got = folded(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "got", weights=[1, 3])
-    assert far(got, want) < 1e-6
-    with pytest.raises(UserError, match="adapters of two layouts; save them alike"):
-        folded(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "ties", method="ties", density=0.5)
+    got = [folded(base, both, tmp_path / "linear 2", weights=[1, 3]), folded(base, both, tmp_path / "ties 2", **ties)]
+    assert [far(g, w) < 1e-6 for g, w in zip(got, want, strict=True)] == [True, True]
+    with pytest.raises(UserError, match="adapters of two layouts; save them alike"):  # without the base at hand
+        folded(base, both, tmp_path / "out", method="ties", density=0.5)
 
 
 def test_a_layer_that_is_missing_is_told_whatever_its_names(tmp_path: Path) -> None:
