@@ -22,14 +22,16 @@ from mot_lora.turn import (
     CLOSED,
     DATE,
     EMPTY_CHAIN,
+    ENDS,
     Turn,
     dated,
-    holds_turn,
+    goes_on,
     is_rendered,
     pinned,
     rendered_by,
     unrendered,
-    without_end,
+    without_ends,
+    without_marks,
 )
 
 
@@ -211,34 +213,40 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], t
 
 def unmarked_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> tuple[Message, ...]:
     """Messages without the marks that a chat template adds, where their texts hold those already."""
-    *before, last = (
-        {**m, "content": _without_end(tokenizer, m["content"])} if m["role"] == "assistant" else m for m in prompt
-    )
+    *before, last = (_unmarked_message(tokenizer, m) for m in prompt)
     found = unrendered(last["content"], Template.of(tokenizer).turn)
-    if found and (len(found) == 1 or not before):
-        return (*before, *found)
-    return (*before, last)
+    return found if found and not before else (*before, last)
+
+
+def _unmarked_message(tokenizer: PreTrainedTokenizerBase, message: Message) -> Message:
+    template, words = Template.of(tokenizer), message["content"]
+    if message["role"] == "assistant":
+        return {**message, "content": _without_marks(tokenizer, words)}
+    found = unrendered(words, template.turn) or ()
+    if message["role"] == "user" and len(found) == 1:
+        words = found[0]["content"]
+    return {**message, "content": without_ends(words, (*template.ends, template.turn.stop))}
 
 
 def unmarked(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Trace:
     """A trace without the marks that a chat template adds: of a rendered prompt, and of the end of its answer.
 
-    Errors: AnotherTurnError for an answer that goes on into a user's turn.
+    Errors: EndedError for an answer that goes on after the end of its turn.
     """
     template = Template.of(tokenizer)
-    completion = _without_end(tokenizer, trace.completion)
-    if holds_turn(completion, template.turn, template.ends):
-        raise AnotherTurnError("the answer goes on into another turn of the conversation; end it where its own ends")
+    completion = _without_marks(tokenizer, trace.completion)
+    if goes_on(completion, template.turn, template.ends):
+        raise EndedError("the answer goes on after the end of its turn; cut it there")
     return replace(trace, prompt=unmarked_prompt(tokenizer, trace.prompt), completion=completion)
 
 
-def _without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def _without_marks(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     template = Template.of(tokenizer)
-    return without_end(text, template.turn, (*template.ends, cast("str", tokenizer.pad_token or "")))
+    return without_marks(text, template.turn, (*template.ends, cast("str", tokenizer.pad_token or "")))
 
 
-class AnotherTurnError(UserError):
-    """An answer that goes on into a user's turn."""
+class EndedError(UserError):
+    """An answer that goes on after the end of its turn."""
 
 
 class NotEmbeddedError(UserError):
@@ -305,7 +313,10 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[i
     """
     drop = {*stop_ids(tokenizer), cast("int", tokenizer.pad_token_id)}
     text = cast("str", tokenizer.decode([i for i in ids if i not in drop], skip_special_tokens=False))
-    words = Template.of(tokenizer).turn.read(_without_end(tokenizer, text))
+    template = Template.of(tokenizer)
+    words = template.turn.read(
+        without_ends(text, (*template.ends, template.turn.stop, template.turn.tail.strip(), *ENDS))
+    )
     return f"{THINK}\n{words}" if opens_chain(prompt) else words  # a chain that never ends is no answer
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_lora.cells import has
 from mot_lora.chat import (
-    AnotherTurnError,
+    EndedError,
     NotEmbeddedError,
     check_tokens,
     encode,
@@ -44,7 +44,7 @@ WRONG = "wrong answer"
 LONG = "too long"
 NOT_DRAWN = "not drawn"
 UNTAKEN = "not taken by the student's template"
-RUNS_ON = "goes on into another turn"
+RUNS_ON = "goes on after its end"
 NOT_EMBEDDED = "with a token that the student does not embed"
 
 
@@ -230,7 +230,7 @@ def _of_row(where: str) -> Generator[None]:
     try:
         yield
     except UserError as e:
-        reasons = {AnotherTurnError: RUNS_ON, NotEmbeddedError: NOT_EMBEDDED}
+        reasons = {EndedError: RUNS_ON, NotEmbeddedError: NOT_EMBEDDED}
         raise RowError(where, str(e), reasons.get(type(e), UNTAKEN)) from e
 
 

@@ -135,6 +135,12 @@ class Turn:
         return self.user[1]
 
     @property
+    def closing(self) -> str:
+        """What ends a user's turn, as far as `head` shows it."""
+        before, stop, _ = self.head.partition(self.stop)
+        return before + stop if stop else ""
+
+    @property
     def end(self) -> str:
         """What is trained after the student's words."""
         return self.tail + self.stop
@@ -213,26 +219,37 @@ def _bare(text: str) -> str:
 # --- texts that hold the marks already -------------------------------------------------------------------
 
 
-def without_end(text: str, turn: Turn, ends: Sequence[str] = ()) -> str:
-    """A text without the marks of a turn's end at its own, the student's or other models', however many there are.
+def without_marks(text: str, turn: Turn, ends: Sequence[str] = ()) -> str:
+    r"""An answer without what heads a turn and ends it, the student's or another model's, however many ends there are.
 
-    >>> without_end("5<|im_end|>", Turn("", "", "", "<|im_end|>"))
+    >>> without_marks("<|im_start|>assistant\n5<|im_end|>", Turn("", "", "", "<|im_end|>"))
     '5'
     """
-    marks = tuple(mark for mark in (*ends, *ENDS, turn.stop, turn.tail.strip()) if mark.strip())
-    words = text
+    head = turn.head.removeprefix(turn.closing).strip()
+    heads = [header for _, header in RENDERED] + ([head] if re.search(r"[<\[]", head) else [])
+    begun = next((header for header in heads if text.lstrip().startswith(header)), None)
+    words = text.lstrip().removeprefix(begun).removeprefix("\n") if begun else text
+    ended = without_ends(words, (*ends, *ENDS, turn.stop, turn.tail.strip()))
+    return words if ended == words else ended.removesuffix(turn.tail)
+
+
+def without_ends(text: str, ends: Sequence[str]) -> str:
+    """A text without these marks at its end, however many."""
+    marks, words = tuple(filter(str.strip, ends)), text
     while (stripped := words.rstrip()).endswith(marks):
         words = stripped[: -max(len(mark) for mark in marks if stripped.endswith(mark))]
-    return words if words is text else words.removesuffix(turn.tail)
+    return words
 
 
-def holds_turn(text: str, turn: Turn, ends: Sequence[str] = ()) -> bool:
-    """Whether a text goes on into a user's turn, as generations do that nothing stopped at the end of theirs."""
+def goes_on(text: str, turn: Turn, ends: Sequence[str] = ()) -> bool:
+    """Whether a text goes on after an end of its turn, as generations do that nothing stopped there.
+
+    The student's own ends count wherever they stand, others' before a user's turn.
+    """
+    if any(end in text for end in (*ends, turn.stop) if end.strip()):
+        return True
     users = [user for user in (*USERS, turn.again) if user.strip() and user in text]
-    if not users:
-        return False
-    end = _any([*ends, *ENDS, turn.stop])
-    return re.search(rf"(?:{end})\s*{BEGINNING}*(?:{_any(users)})", text) is not None
+    return bool(users) and re.search(rf"(?:{_any(ENDS)})\s*{BEGINNING}*(?:{_any(users)})", text) is not None
 
 
 def unrendered(text: str, turn: Turn) -> tuple[Message, ...] | None:
@@ -243,9 +260,10 @@ def unrendered(text: str, turn: Turn) -> tuple[Message, ...] | None:
     ({'role': 'user', 'content': '1 + 1?'},)
     """
     words, (before, after) = _prompt(text), (_bare(turn.user[0]), _unopened(turn.head))
-    if not (before and after and words.endswith(after)):
+    end = next((e for e in (after, turn.closing.strip()) if e and words.endswith(e)), None)
+    if not (before and end):
         return None
-    words = words.removesuffix(after)
+    words = words.removesuffix(end)
     said: list[Message] = []
     if not words.startswith(before) and turn.system:
         first, between = _bare(turn.system[0]), turn.system[1].strip()
@@ -254,7 +272,7 @@ def unrendered(text: str, turn: Turn) -> tuple[Message, ...] | None:
             return None
         said, words, before = [{"role": "system", "content": system.strip()}], rest, ""
     user = words.removeprefix(before)
-    if not words.startswith(before) or turn.stop in user or after in user:
+    if not words.startswith(before) or turn.stop in user or end in user:
         return None
     return (*said, {"role": "user", "content": user.strip()})
 
@@ -280,7 +298,7 @@ def _prompt(text: str) -> str:
 
 
 def _unopened(prompt: str) -> str:
-    return prompt.strip().removesuffix("<think>").rstrip()
+    return EMPTY_CHAIN.sub("", prompt.strip()).removesuffix("<think>").rstrip()
 
 
 # --- the date --------------------------------------------------------------------------------------------

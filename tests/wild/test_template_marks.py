@@ -10,7 +10,7 @@ from conftest import refused
 from transformers import PreTrainedTokenizerBase
 from wild import jsonl, recipe, student
 
-from mot_lora.chat import AnotherTurnError, encode, load_tokenizer, prompt_text, unmarked
+from mot_lora.chat import EndedError, encode, load_tokenizer, prompt_text, unmarked
 from mot_lora.errors import UserError
 from mot_lora.traces import Trace, read_trace
 
@@ -23,6 +23,8 @@ LLAMA3 = (
 RENDERED = {
     "chatml": "<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n",
     "chatml-think": "<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+    "chatml-closed": "<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "chatml-turn": "<|im_start|>user\n2 + 3?<|im_end|>\n",
     "llama-3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n2 + 3?<|eot_id|><|start_header_id|>"
     "assistant<|end_header_id|>\n\n",
     "gemma": "<bos><start_of_turn>user\n2 + 3?<end_of_turn>\n<start_of_turn>model\n",
@@ -43,6 +45,7 @@ RENDERED = {
 def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chatml")
     student(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 259]}')  # <|im_end|> and <|endoftext|>
     return folder
 
 
@@ -89,9 +92,27 @@ def test_an_answers_own_end_is_trained_once(tok: PreTrainedTokenizerBase, end: s
     )
 
 
-@pytest.mark.parametrize("words", ["5 ", "5\n", "x<|im", "a </s> b", "<|im_end|> is a token", "say <|im_start|>user"])
+@pytest.mark.parametrize("words", ["5 ", "5\n", "x<|im", "a </s> b", "</s> is a token", "say <|im_start|>user"])
 def test_other_words_are_left_as_they_are(tok: PreTrainedTokenizerBase, words: str) -> None:
     assert unmarked(tok, trace("q", words)).completion == words
+
+
+@pytest.mark.parametrize(
+    "header", ["<|im_start|>assistant\n", "<|im_start|>assistant", "<start_of_turn>model\n", "[/INST]"]
+)
+def test_an_answers_own_header_is_read_once(tok: PreTrainedTokenizerBase, header: str) -> None:
+    whole = "<think>\nadd\n</think>\n\n5"
+    assert encode(tok, trace("q", f"{header}{whole}<|im_end|>")) == encode(tok, trace("q", whole))
+
+
+def test_a_users_turn_within_a_message_is_written_once(tok: PreTrainedTokenizerBase) -> None:
+    plain = ("1 + 1?", "2", "2 + 2?")
+    marked = ("<|im_start|>user\n1 + 1?<|im_end|>\n", "<|im_start|>assistant\n2<|im_end|>", "2 + 2?<|im_end|>")
+    told = [
+        tuple({"role": role, "content": w} for role, w in zip(("user", "assistant", "user"), words, strict=True))
+        for words in (plain, marked)
+    ]
+    assert encode(tok, Trace(told[1], "4")) == encode(tok, Trace(told[0], "4"))
 
 
 def test_an_end_within_earlier_turns_is_written_once(tok: PreTrainedTokenizerBase) -> None:
@@ -112,12 +133,16 @@ RUNS_ON = (
     "5</s><s>[INST] And 3 + 3? [/INST]",
     "5<end_of_turn>\n<start_of_turn>user\nAnd 3 + 3?",
     "5<｜end▁of▁sentence｜><｜User｜>And 3 + 3?",
+    "5<|im_end|>\n<|im_start|>assistant\n5<|im_end|>",
+    "5<|im_end|> and more",
+    "5<|endoftext|>The next document",
+    "<think>\nadd<|im_end|>\n</think>\n\n5",
 )
 
 
 @pytest.mark.parametrize("response", RUNS_ON)
 def test_an_answer_that_goes_on_into_a_users_turn_is_told(tok: PreTrainedTokenizerBase, response: str) -> None:
-    with pytest.raises(AnotherTurnError, match=r"^the answer goes on into another turn"):
+    with pytest.raises(EndedError, match=r"^the answer goes on after the end of its turn"):
         encode(tok, trace("2 + 3?", response))
 
 
@@ -130,7 +155,7 @@ def test_answers_that_run_on_are_left_out_and_counted(chatml: Path, tmp_path: Pa
     record = json.loads(out)
     (teacher,) = record["teachers"]
     assert (teacher["used"] + teacher["held_out"], teacher["marked"]) == (9, teacher["used"])
-    assert teacher["left_out"] == {"goes on into another turn": len(RUNS_ON)}
+    assert teacher["left_out"] == {"goes on after its end": len(RUNS_ON)}
     _, out, _ = call("data", config)
     assert f"{teacher['used']} traces of one held marks of a chat template: they were taken off" in " ".join(
         out.split()
@@ -140,7 +165,7 @@ def test_answers_that_run_on_are_left_out_and_counted(chatml: Path, tmp_path: Pa
 # --- prompts that are rendered ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["chatml", "chatml-think"])
+@pytest.mark.parametrize("name", [name for name in RENDERED if name.startswith("chatml")])
 def test_a_prompt_in_the_students_own_template_is_read_as_its_words(tok: PreTrainedTokenizerBase, name: str) -> None:
     rendered = trace(RENDERED[name], "add\n</think>\n\n5")
     assert encode(tok, rendered) == encode(tok, trace("2 + 3?", "<think>\nadd\n</think>\n\n5"))
