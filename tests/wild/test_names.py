@@ -74,9 +74,12 @@ def store(model: t.PreTrainedModel, folder: Path, how: Callable[[str], str] | No
     return folder
 
 
-def folded(base: Path, adapters: Iterable[Path], out: Path, **settings: Any) -> dict[str, Tensor]:
-    """What is stored in a fold that was read back and checked."""
-    merged = merge_adapters([load_adapter(a, f"a{i}", base=base) for i, a in enumerate(adapters)], **settings)
+def folded(
+    base: Path, adapters: Iterable[Path], out: Path, at_hand: bool = False, **settings: Any
+) -> dict[str, Tensor]:
+    """What is stored in a fold that was read back and checked; `at_hand`: the merge sees the base, too."""
+    read = [load_adapter(a, f"a{i}", base=base) for i, a in enumerate(adapters)]
+    merged = merge_adapters(read, base=base if at_hand else None, **settings)
     fold_checkpoint(base, merged, out, verify=True)
     return stored(out)
 
@@ -343,7 +346,7 @@ def test_adapters_of_two_times_are_merged_as_one(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         lora(model, tmp_path / name, seed=seed, target_modules=r".*language_model.*(q_proj|v_proj)")
     both = [tmp_path / "a", tmp_path / "b"]
-    ties = {"method": "ties", "density": 0.5, "base": base}
+    ties = {"method": "ties", "density": 0.5, "at_hand": True}
     want = [folded(base, both, tmp_path / "linear", weights=[1, 3]), folded(base, both, tmp_path / "ties", **ties)]
     rename(tmp_path / "b", renaming({"model.language_model.": "model."}))
     got = [folded(base, both, tmp_path / "linear 2", weights=[1, 3]), folded(base, both, tmp_path / "ties 2", **ties)]
