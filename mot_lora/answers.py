@@ -103,13 +103,15 @@ def bare(text: str) -> str:
     >>> bare(r"\[ 5 \]."), bare("**73**!"), bare("$5!$")
     ('5', '73!', '5!')
     """
-    text, before = plain(text), None
-    while text != before:
+    text = plain(text)
+    for _ in range(8):  # more layers than anybody writes
         before = text
-        text = re.sub(r"^#+\s*|(?<=[^\W\d_]{2})!+$|[\s.,;:?]+$", "", text).strip()
+        text = re.sub(r"(?<=[^\W\d_]{2})!+$", "", text.lstrip("# \n").rstrip(".,;:? \n")).strip()
         around = _AROUND.fullmatch(text)
         if around and not re.search(r"\\[)\]]", around[2] or around[3] or ""):
             text = next((g for g in around.groups() if g is not None), "").strip()
+        if text == before:
+            break
     # a dash of print is a minus where an answer begins with it
     return re.sub(r"^(?:[\u2012-\u2015]\s*|minus |negative )(?=[\d.\\])", "-", text)
 
@@ -229,9 +231,8 @@ def decided(text: str) -> str | None:
     >>> decided(r"The answer is 4. \boxed{5}"), decided(r"\boxed{4}. Final answer: 5"), decided("It is 5.")
     ('5', '5', None)
     """
-    box = boxed(text)
-    after = _FINAL.search(text[text.rindex("\\") :]) if box is not None else None
-    return stated(text) if box is None or after else box
+    boxes = _boxes(text)
+    return stated(text) if not boxes or _FINAL.search(text, boxes[-1][1]) else boxed(text)
 
 
 @lru_cache(maxsize=4096)

@@ -1,5 +1,7 @@
 """Answers as models write them, against right answers as data sets have them: which are right, and which never are."""
 
+import time
+
 import pytest
 
 from mot_lora.scoring import is_right
@@ -1154,3 +1156,15 @@ def test_one_of_several_right_answers_is_right() -> None:
     assert is_right(r"\boxed{0.5}", ("2", "1/2"))
     assert not is_right("Boston", ["NYC", "New York City"])
     assert not is_right("Boston", [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9" * 5000, "1,111" * 1000, "1 111 " * 1000, "'" * 5000, "." * 5000, "$" * 5000, r"\boxed{" * 1000, "a " * 3000],
+)
+def test_a_model_that_repeats_itself_is_judged_at_once(text: str) -> None:
+    begun = time.process_time()
+    assert not is_right(text, "5")
+    assert not is_right(text, "Paris")
+    assert not is_right(text, "B")
+    assert time.process_time() - begun < 5
