@@ -126,7 +126,7 @@ def test_a_run_is_told_as_a_table_and_told_again(call: Any, config_file: Path, t
     data.write_text(content + content.splitlines()[0] + "\n")
     assert f"{data} changed since" in refused(call(*arguments))
     data.write_text(content + "{\n")
-    assert f"{data}:25: not JSON" in refused(call(*arguments))
+    assert f"{data}:25: not JSON" in refused(call(*arguments, "teachers.0.on_bad_row=stop"))
 
 
 def test_usage_mistakes_are_one_line_too(call: Any, config_file: Path) -> None:
