@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from mot_lora.conversation import Message, tool_names
+from mot_lora.conversation import Message, tool_names, with_written_arguments
 from mot_lora.errors import UserError
 from mot_lora.loss import IGNORE
 from mot_lora.records import Segment, TurnRecord
@@ -205,7 +205,13 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], t
         )
     # of several templates, one can be for conversations with tools
     written = pinned(tokenizer.get_chat_template(tools=list(tools))) if tools else template.text
-    text = _render(tokenizer, written, messages, parts=template.parts, thinking=template.thinking, tools=tools)
+    how: dict[str, Any] = {"parts": template.parts, "thinking": template.thinking, "tools": tools}
+    try:
+        text = _render(tokenizer, written, messages, **how)
+    except UserError:
+        if not any("tool_calls" in m for m in messages):
+            raise
+        text = _render(tokenizer, written, with_written_arguments(messages), **how)
     if left_out := next((name for name in tool_names(messages, tools) if name not in text), None):
         raise UserError(f"the student's chat template leaves out the tool `{left_out}`: it has no place for tools")
     return text + template.turn.header

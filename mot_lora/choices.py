@@ -162,6 +162,8 @@ def _listed(row: Mapping[str, Any], where: str, given: Any) -> Choices | None:
     if value is None:
         return None
     inner, listed = as_object(value), as_list(value)
+    if inner and not any(isinstance(v, str | list) for v in inner.values()):
+        return None  # how a text was generated: Ollama's temperature and the like
     found = _object(inner) if inner else _list([v for v in listed or _lines(str(value)) if not is_empty(v)])
     if found is None:
         raise RowError(where, f"`{name}` holds no options: a list of texts, or {{text, label}}, or {{A: ...}}", UNCLEAR)
@@ -171,6 +173,8 @@ def _listed(row: Mapping[str, Any], where: str, given: Any) -> Choices | None:
 
 def _list(values: list[Any]) -> Choices | None:
     objects = [inner for v in values if (inner := as_object(v))]
+    if any("finish_reason" in v for v in objects):
+        return None  # an API's answers
     if objects:
         labels = [as_text(first_filled(v, ("label", "key", "letter", "id", "option"))) for v in objects]
         texts = [as_text(first_filled(v, ("text", "value", "content", "option_text", "choice"))) for v in objects]
@@ -196,7 +200,7 @@ def _only(marks: Sequence[Any]) -> int | None:
 
 def _labelled(labels: Sequence[str | None], given: Sequence[str | None]) -> Choices | None:
     texts = [text for text in given if text is not None]
-    if not texts or len(texts) < len(given) or len(labels) != len(texts):
+    if len(texts) < max(2, len(given)) or len(labels) != len(texts):
         return None
     bare = [(label or "").strip().strip("()[].:") for label in labels]
     if not all(bare):

@@ -189,7 +189,11 @@ class Cells:
             # Alpaca's two halves of a question
             more = self.first("input", ("input",)) if cell[0] not in ("input", "inputs") else None
             text = f"{text}\n\n{self.text(more)}" if more else text
-            turns = ({"role": "user", "content": self.about(text)},)
+            history = self.first("history", ("history",))  # LlamaFactory's earlier turns
+            turns = (
+                *(read_turns(history[1], self.where) if history else ()),
+                {"role": "user", "content": self.about(text)},
+            )
         return self.after_system(self.with_choices(turns, choices))
 
     def about(self, question: str) -> str:

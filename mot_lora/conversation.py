@@ -1,5 +1,6 @@
 """A conversation as people write it: who says a message, and what it says, thinks and calls."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ CONTENT = ("content", "value", "parts", "text", "message")
 CHAIN = ("reasoning_content", "reasoning", "thinking", "thought", "think_content", "reasoning_details")
 CALL = ("tool_calls", "function_call")
 ALSO = ("name", "tool_call_id")
+# one entry for both: XTuner, MOSS, Belle
+ASKED, SAID = ("input", "human", "user", "question", "prompt"), ("output", "assistant", "gpt", "answer", "response")
 UNTRAINED = (("weight", 0), ("train", False), ("training", False), ("trainable", False), ("loss", False))
 TEXT_PARTS = ("text", "input_text", "output_text")
 CHAIN_PARTS = ("thinking", "reasoning", "reasoning_content", "thought", "summary_text", "redacted_thinking")
@@ -68,10 +71,10 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
         raise RowError(where, "needs a list of messages with `role` and `content`", UNREADABLE)
     turns: list[Message] = []
     thought = ""  # what was thought in a message of its own
-    for i, value in enumerate(messages):
-        if is_empty(value):
+    for i, one in enumerate([m for entry in messages for m in _of_pair(entry)]):
+        if is_empty(one):
             continue
-        if (message := as_object(value)) is None:
+        if (message := as_object(one)) is None:
             raise RowError(where, f"message {i} must be an object with `role` and `content`", UNREADABLE)
         reader = Reader(message, i, where)
         if reader.said in THINKS:
@@ -82,6 +85,18 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
     if thought:
         raise RowError(where, "ends with a thought, after which nothing is said", ORDER)
     return tuple(turns)
+
+
+def _of_pair(value: Any) -> list[Any]:
+    """The messages of an entry that holds a question and its answer, as XTuner and LlamaFactory's history have it."""
+    pair, message = as_list(value), as_object(value) or {}
+    if pair and len(pair) == 2 and all(isinstance(text, str) for text in pair):
+        return [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    asked, said = first_filled(message, ASKED), first_filled(message, SAID)
+    if said is None or not isinstance(asked, str | None) or any(key in message for key in ROLE):
+        return [value]
+    every = (("system", message.get("system")), ("user", asked), ("assistant", said))
+    return [{"role": role, "content": text} for role, text in every if not is_empty(text)]
 
 
 def is_untrained(value: Any) -> bool:
@@ -205,6 +220,16 @@ class Reader:
         if "tool_use_id" in said:
             turn["tool_call_id"] = said["tool_use_id"]
         return turn | ({"name": said["name"]} if "name" in said else {})
+
+
+def with_written_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose calls have their arguments as JSON, for templates that put them between other texts (DeepSeek)."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function: dict[str, Any] = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [{**m, "tool_calls": [*map(written, m["tool_calls"])]} if "tool_calls" in m else m for m in messages]
 
 
 def tool_names(messages: Sequence[Message], tools: Sequence[Any]) -> list[str]:

@@ -278,6 +278,14 @@ def test_what_is_no_question_of_choices_is_none() -> None:
     assert read_question({"question": "q", "choices": None, "answer": "2"}, "").question == "q"
 
 
+def test_options_of_a_generation_and_an_apis_choices_are_no_options() -> None:
+    row = {"question": "q", "response": "a", "options": {"temperature": 0.6, "num_ctx": 4096}}
+    assert read_trace(row, "").prompt[0]["content"] == "q"  # pyright: ignore
+    answers = [{"text": "a", "index": i, "finish_reason": "stop"} for i in (0, 1)]
+    with pytest.raises(UserError, match="`choices` holds no options"):
+        read_trace({"prompt": "q", "response": "a", "choices": answers}, "")
+
+
 def test_a_text_is_right_too_where_it_tells_answers_apart() -> None:
     def right(text: str) -> tuple[str, ...]:
         return Choices(("A", "B"), (text, "x"), right=0).answers

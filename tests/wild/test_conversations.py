@@ -110,6 +110,20 @@ def test_a_message_that_is_not_to_be_trained_on_is_refused() -> None:
     assert trace({"messages": [USER, {**DONE, "weight": 0}, USER, DONE]}).completion == DONE["content"]
 
 
+def test_entries_of_a_question_and_its_answer_are_two_messages() -> None:
+    """XTuner's and MOSS's conversations, LlamaFactory's history."""
+    xtuner = [{"system": "Be brief.", "input": "2+3?", "output": "5"}, {"input": "And?", "output": "6"}]
+    turns = trace({"conversation": xtuner}).prompt
+    assert [t["role"] for t in turns] == ["system", "user", "assistant", "user"]
+    assert trace({"conversation": [{"human": "2+3?", "assistant": DONE["content"]}]}) == Trace((USER,), DONE["content"])
+    alpaca = {"instruction": "And?", "input": "", "output": "6", "system": "Be brief."}
+    for history in ([["2+3?", "5"]], json.dumps([["2+3?", "5"]]), [USER, {"role": "assistant", "content": "5"}]):
+        assert trace({**alpaca, "history": history}).prompt == turns
+    assert trace({**alpaca, "history": []}).prompt == (turns[0], turns[3])
+    with pytest.raises(UserError, match="must ask one thing"):
+        read_question({**alpaca, "history": [["2+3?", "5"]]}, "row 1")
+
+
 # --- what is thought ---------------------------------------------------------------------------------------
 
 THOUGHT: dict[str, dict[str, Any]] = {
@@ -252,3 +266,13 @@ def test_calls_and_tools_are_rendered_or_the_template_is_said_to_leave_them_out(
     with pytest.raises(UserError, match="template leaves out the tool `add`"):
         encode(plain, offered)
     assert trace({"messages": [USER, DONE], "tools": "[]"}).tools == ()
+
+
+def test_a_template_that_joins_arguments_as_text_gets_them_as_json(tmp_path: Any) -> None:
+    """As DeepSeek's templates do."""
+    student(
+        tmp_path,
+        template=TEMPLATE.replace("{{ t.function.arguments | tojson }}", "{{ '<' + t.function.arguments + '>' }}"),
+    )
+    found = trace({"messages": called()})
+    assert '<tool_call>add(<{"a": 2, "b": 3}>)</tool_call>' in prompt_text(load_tokenizer(tmp_path), found.prompt)
