@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import median
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -262,6 +263,11 @@ class Choice:
         self.reasons = Counter[str]()
         self.seen = set[tuple[str, str]]()
 
+    @cached_property
+    def most_characters(self) -> int:
+        """More than so many are too long, whatever their tokens."""
+        return self.max_length * max(map(len, cast("dict[str, int]", cast("Any", self.tokenizer).get_vocab())))
+
     @property
     def left_out(self) -> Counter[str]:
         """How many rows are left out, by reason."""
@@ -331,6 +337,8 @@ class Choice:
         chain = chain_of(trace.completion)
         if chain is None:
             return ENDLESS
+        if example is None and len(trace.completion) > self.most_characters:
+            return LONG
         with _of_row(where):
             example = example or encode(self.tokenizer, trace)
             check_tokens(self.tokenizer, example.input_ids)

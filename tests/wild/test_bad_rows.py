@@ -14,8 +14,9 @@ from wild import jsonl, recipe, rows, student
 
 from mot_lora.chat import load_tokenizer
 from mot_lora.config import Config, TeacherConfig
-from mot_lora.data import load_data
+from mot_lora.data import Choice, load_data
 from mot_lora.errors import UserError
+from mot_lora.overlap import Overlap
 from mot_lora.reader import parse_config
 from mot_lora.records import DataRecord
 
@@ -215,3 +216,14 @@ def test_the_commands_show_what_is_left_out(base: tuple[Path, Any], tmp_path: Pa
     assert json.loads(out)["teachers"][0]["left_out"] == {"not JSON": 1, "without an answer": 1}
     assert "one.jsonl:22: not JSON" in refused(call("data", config, "teachers.0.on_bad_row=stop"))
     assert "on_bad_row" in refused(call("data", config, "teachers.0.on_bad_row=ignore"))
+
+
+def test_a_trace_that_no_tokens_could_make_short_is_not_tokenized(
+    base: tuple[Path, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which = Choice(TeacherConfig(name="a", data="a"), base[1], Overlap((), 13), 64)
+    monkeypatch.setattr("mot_lora.data.encode", lambda *_: pytest.fail("tokenized"))
+    long = {"question": "q", "response": "<think>" + "so 1 + 1 = 2. " * 100_000 + "</think>2"}
+    assert which.choose([("row 1", long)], 0) == []
+    assert which.left_out == {"too long": 1}
+    assert 64 < which.most_characters < 64 * 20
