@@ -279,7 +279,7 @@ class Source:
                 f"{self.label}: key {stored} is no part of a LoRA, and whether it is the base's own weight cannot be "
                 f"told without it ({e})"
             ) from e
-        weight, copy = base.weight(key), self.read(stored)
+        weight, copy = torch.atleast_1d(base.weight(key)), torch.atleast_1d(self.read(stored))
         copy = copy.T if self._is_turned(full, stored) else copy
         same = copy.shape[1:] == weight.shape[1:] and 0 < len(copy) <= len(weight)
         if same and _are_rounded(weight[: len(copy)].to(copy.device), copy):
@@ -385,9 +385,11 @@ def _classify(name: str, key: str, label: str) -> tuple[str, str]:
 
 
 def _are_rounded(weight: Tensor, copy: Tensor) -> bool:
-    """Whether a copy is of these numbers, also where the base was loaded in fewer bits."""
+    """Whether a copy is of these numbers, also where the base was loaded in fewer bits; some rows at a time."""
+    rows = list(zip(weight.split(4096), copy.split(4096), strict=True))
     return any(
-        torch.equal(weight.to(bits).to(copy.dtype), copy) for bits in (copy.dtype, torch.bfloat16, torch.float16)
+        all(torch.equal(w.to(bits).to(copy.dtype), c) for w, c in rows)
+        for bits in (copy.dtype, torch.bfloat16, torch.float16)
     )
 
 
