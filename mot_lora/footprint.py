@@ -166,13 +166,14 @@ def measure(model: Any, batch: int, tokens: int, chunk: int) -> Pass:
     """The loss of [batch, tokens], all of them with loss, logits in chunks of so many tokens."""
     base = model.get_base_model().eval()
 
-    def take() -> Pass:
+    def take() -> tuple[float, ...]:
         with _measuring(model) as live:
             states, every = _trained(_forward(base, batch, tokens).last_hidden_state)
             chunked_cross_entropy(states, base.get_output_embeddings(), every, chunk)
-            return Pass(live.most, live.flops)
+            return live.most, live.flops
 
-    return _extended(model, take)
+    most, flops = _extended(model, take)
+    return Pass(int(most), flops)
 
 
 def answer(model: Any, rows: int, prompt: int, how: Decoding, read: int) -> Pass:
@@ -187,32 +188,31 @@ def answer(model: Any, rows: int, prompt: int, how: Decoding, read: int) -> Pass
         _forward(base, together, prompt - 1, cache=cache)
         return [layer for layer in cast("list[Any]", cache.layers) if layer.is_initialized]
 
-    def take() -> Pass:
+    def take() -> tuple[float, ...]:
         with _measuring(model) as live:
             layers = [Layer(of_prompt, rows, prompt + how.max_new_tokens) for of_prompt in prompts()]
             cache = live.bytes
             if together < rows:
                 prompts()
-            read, live.most, live.flops = live.most, live.bytes, 0
+            reading, live.most, live.flops = live.most, live.bytes, 0
             text = [0] * (prompt + how.max_new_tokens - 1)
             how.choose(next_logits(base, layers, [text] * rows), [0.5] * rows)
-            return Pass(max(read, live.most), live.flops, cache, rows)
+            return cache, reading, live.most, live.flops
 
-    return _extended(model, take)
+    cache, reading, writing, flops = _extended(model, take)
+    return Pass(int(max(reading, writing)), flops, int(cache), rows)
 
 
-def _extended(model: Any, take: Callable[[], Pass]) -> Pass:
-    """`take` of all layers; where they are alike, from the first one and two."""
+def _extended(model: Any, take: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+    """The numbers that `take` finds, of all layers; where these are alike, found with two and three."""
     layers, alike = _layers(model)
-    if not alike or len(layers) <= 2:
+    if not alike or len(layers) <= 3:
         return take()
-    with _first(model, layers, 1):
-        one = take()
     with _first(model, layers, 2):
         two = take()
-    rest = len(layers) - 2
-    cache, flops = rest * (two.cache - one.cache), rest * (two.flops - one.flops)
-    return Pass(two.bytes + cache, two.flops + flops, two.cache + cache, two.rows)
+    with _first(model, layers, 3):
+        three = take()
+    return tuple(y + (len(layers) - 3) * (y - x) for x, y in zip(two, three, strict=True))
 
 
 class Live(TorchDispatchMode):

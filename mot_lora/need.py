@@ -21,7 +21,7 @@ from mot_lora.evaluate import LOSS_CHUNK, loss_tokens
 from mot_lora.footprint import Pass, Step, Weights, answer, measure, step, student, weights
 from mot_lora.kernels import Attention
 from mot_lora.liger import uses_liger
-from mot_lora.offload import kept_bytes, offloads
+from mot_lora.offload import SLAB, kept_bytes, offloads
 from mot_lora.records import Record
 
 EFFICIENCY = 0.5  # of a card's TFLOP/s; what training a quantized 8B student on one was seen to reach by others is more
@@ -29,8 +29,8 @@ LAUNCHES = 0.03 / 36  # seconds that a layer's kernels take to start: a token of
 PROGRAM = 2**30  # bytes of host memory that Python and torch take
 PROMPT = 256  # tokens of a question, where answers are planned
 STEP = 64  # tokens; the longest trace is told in these
-# copies of a layer in fp32 that folding a merge by a method, and measuring it, holds; of others as many as the most
-FOLDED = {"linear": 6, "dare_linear": 8, "ties": 11, "dare_ties": 12, "sce": 12, "della": 15}
+# copies of a layer in fp32 that folding a merge by a method holds on a GPU; of others as many as the most
+FOLDED = {"linear": 5, "dare_linear": 8.5, "ties": 11.2, "dare_ties": 12.5, "sce": 12.5, "della": 15.5}
 
 
 class UnplannableError(UserError):
@@ -137,7 +137,6 @@ class Need:
         """What takes memory, where the longest trace has so many tokens."""
         c, w, s = self.config, self.student.weights(), self.step(tokens)
         adapters = c.rounds * len(c.teachers) * w.adapter
-        copies = FOLDED.get(c.merge.method, max(FOLDED.values()))
         parts = [
             Part(
                 name="linear layers" if c.quantization == "none" else f"linear layers, {c.quantization}", bytes=w.layers
@@ -153,7 +152,7 @@ class Need:
                 bytes=s.layer,
                 phase="layers",
             ),
-            Part(name="fold of one layer", bytes=4 * copies * w.largest, phase="folding"),
+            Part(name="fold of one layer", bytes=int(4 * self.copies * w.largest), phase="folding"),
         ]
         if c.lora.dropout and self.card.is_gpu:  # autocast keeps what it made of it until a batch's end
             parts.append(Part(name="adapter in 16 bits", bytes=w.adapter // 2, phase="training"))
@@ -173,13 +172,20 @@ class Need:
             Part(name="CUDA and its libraries", bytes=CONTEXT)
             if self.card.is_gpu
             else Part(name="Python and torch", bytes=PROGRAM),
-            Part(name="inputs of layers, offloaded", bytes=s.host, place="host"),
+            Part(name="inputs of layers, offloaded", bytes=-(-s.host // SLAB) * SLAB, place="host"),
             Part(name="weights read ahead", bytes=(AHEAD + 1) * 2 * w.largest, place="host"),
             Part(name="the student's checkpoint, in bf16", bytes=2 * w.parameters, place="disk"),
             Part(name="adapters of all rounds", bytes=adapters, place="disk"),
             Part(name="states to go on from", bytes=2 * 3 * w.adapter, place="disk"),
         ]
         return [p for p in parts if p.bytes]
+
+    @property
+    def copies(self) -> float:
+        """Of a layer in fp32, while it is folded and the signs of all teachers' updates are compared, one byte each."""
+        measured = 4.75 + len(self.config.teachers) / 4
+        on_cpu = 0 if self.card.is_gpu else 6  # what is read ahead lies there too
+        return max(FOLDED.get(self.config.merge.method, max(FOLDED.values())), measured, on_cpu)
 
     def _answer(self, e: EvalConfig, tokens: int) -> Pass:
         """As many answers as are written at once, where the longest trace has so many tokens."""
