@@ -228,7 +228,7 @@ def fast_layers(model: PeftModel, settings: BranchConfig) -> Generator[None]:
 def _let_go(trainer: BranchTrainer, model: PeftModel) -> None:
     """Free what training held: the optimizer's state, gradients, pinned memory. The Trainer refers to itself."""
     model.zero_grad()
-    if trainer.optimizer is not None:
+    if isinstance(trainer.optimizer, torch.optim.Optimizer):
         trainer.optimizer.state.clear()  # with a gradient scaler, accelerate has the optimizer refer to itself
     trainer.accelerator.free_memory()
     vars(trainer).clear()
