@@ -237,7 +237,7 @@ def test_what_travels_with_the_weights_is_copied(qwen3: Path, tmp_path: Path) ->
     (base / "README.md").write_text("the base's own")
     (base / "optimizer.bin").write_bytes(b"no part of the model")
     placement = Placement.of(base, small_update(base, 0.1, 0))
-    kept = fold_placement(placement, out := tmp_path / "out", lambda kept: f"ours: {kept.text}")
+    kept = fold_placement(placement, out := tmp_path / "out", lambda kept: {"README.md": f"ours: {kept.text}"})
     for name in ("generation_config.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "tokenizer.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert (out / "README.md").read_text() == f"ours: {kept.text}"
