@@ -160,7 +160,7 @@ def test_a_teacher_says_what_is_read_of_it(write: Write) -> None:
     tree["eval"] = {"data": "x.jsonl", "split": "test", "subset": "s", "columns": {"gold": "g"}, "overlap": 8}
     tree |= {"branch": {"save_steps": 5, "report_to": "wandb"}, "trust_remote_code": True}
     config = load_config(write(tree))
-    assert config.teachers[0].model_dump() == {**teacher, "learning_rate": 5e-5, "union": ()}
+    assert config.teachers[0].model_dump() == {**teacher, "learning_rate": 5e-5, "union": (), "on_bad_row": "skip"}
     plain = config.teachers[1]
     assert (plain.split, plain.subset, plain.columns, plain.samples, plain.seed) == (None, None, {}, None, None)
     assert (plain.verified_only, plain.learning_rate) == (False, None)
