@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -36,7 +35,7 @@ def _attention(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, *__: Any, kind: At
     return cast("Tensor", _Attention.apply(q, k, v, kind)).transpose(1, 2).contiguous(), None
 
 
-@custom_op("mot_lora::attention", mutates_args=())
+@torch.library.custom_op("mot_lora::attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError  # it has shapes alone
 
@@ -46,7 +45,7 @@ def _(q: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@custom_op("mot_lora::attention_backward", mutates_args=())
+@torch.library.custom_op("mot_lora::attention_backward", mutates_args=())
 def _attend_backward(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     raise NotImplementedError
 
@@ -124,7 +123,7 @@ def _product_8bit(
     return scaled.to(x.dtype), x.new_empty(0)
 
 
-@custom_op("mot_lora::int8_product", mutates_args=())
+@torch.library.custom_op("mot_lora::int8_product", mutates_args=())
 def _multiply(rows: Tensor, codes: Tensor) -> Tensor:
     raise NotImplementedError
 

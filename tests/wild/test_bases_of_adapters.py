@@ -27,7 +27,7 @@ ONE = [
     (QWEN, f"/home/user/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B-Instruct/{SNAPSHOT}"),
     (QWEN, f"/home/user/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B-Instruct/{SNAPSHOT}/"),
     (QWEN, "/mnt/workspace/.cache/modelscope/hub/Qwen/Qwen2___5-7B-Instruct"),
-    (QWEN, "/root/.cache/modelscope/hub/models/Qwen/Qwen2___5-7B-Instruct"),
+    (QWEN, "/home/user/.cache/modelscope/hub/models/Qwen/Qwen2___5-7B-Instruct"),
     (QWEN, r"C:\models\Qwen2.5-7B-Instruct"),
     (QWEN, "/data/Qwen2.5-7B-Instruct/"),
     (QWEN, "models/Qwen_Qwen2.5-7B-Instruct"),
