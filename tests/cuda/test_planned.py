@@ -119,7 +119,7 @@ def test_of_int8_and_16_bit_students(compare: Compare, name: str, quantization: 
     compare(name, quantization=quantization)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("name", ["layers", "answering"])
 @false_gpu(**T4)
 def test_of_a_card_before_ampere(compare: Compare, name: str, quantization: str) -> None:
