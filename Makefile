@@ -1,6 +1,6 @@
 # make demo   the main job, offline, on the embedded student
 # make test   the fast suite;  make test-slow  what takes minutes
-# make check  format, lint, types, floors
+# make check  format, lint, types, layers
 # make gpu    everything once on the GPU that is here; writes tests/benchmarks/gpu_CARD.json, to be committed
 # make notebooks  executes the notebooks and writes them back
 # make smollm2  a real pretrained student on word problems: hours on two cores

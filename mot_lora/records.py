@@ -7,7 +7,6 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from mot_lora.config import PerModule
-from mot_lora.tally import Tally
 
 ENOUGH = 0.9  # the share of an update below which one is told that it did not survive rounding
 
@@ -210,23 +209,13 @@ class DataRecord(Record):
 
 
 class FoldRecord(Record):
-    """How a round's merge went into the weights, overall, for a layer or a module: the readable form of a Tally."""
+    """How a round's merge went into the weights, overall, for a layer or a module."""
 
     relative_norm: float
     survived: float | None
     sign_conflict: float
     cosine: tuple[tuple[float, ...], ...]
     opposition: tuple[tuple[float, ...], ...]
-
-    @classmethod
-    def of(cls, tally: Tally) -> "FoldRecord":
-        return cls(
-            relative_norm=tally.relative_norm,
-            survived=tally.survived,
-            sign_conflict=tally.sign_conflict,
-            cosine=tally.cosine,
-            opposition=tally.opposition,
-        )
 
 
 class AdapterRecord(Record):
@@ -248,17 +237,6 @@ class LayerRecord(Record):
     relative_norms: tuple[float, ...] | None
     cosine: tuple[tuple[float, ...], ...]
     sign_conflict: float
-
-    @classmethod
-    def of(cls, tally: Tally) -> "LayerRecord":
-        norms = tuple(math.sqrt(max(row[i], 0.0)) for i, row in enumerate(tally.gram))
-        size = math.sqrt(tally.base_sq)
-        return cls(
-            norms=norms,
-            relative_norms=tuple(n / size for n in norms) if size else None,
-            cosine=tally.cosine,
-            sign_conflict=tally.sign_conflict,
-        )
 
 
 class InspectRecord(Record):

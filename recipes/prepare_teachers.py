@@ -24,21 +24,21 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from mot_lora.cli import USAGE_ERROR
-from mot_lora.columns import GOLD, MESSAGES, QUESTION, REASONING
+from mot_lora.cli.app import USAGE_ERROR
+from mot_lora.cli.options import Json, print_json
 from mot_lora.config import Config, EvalConfig, TeacherConfig
-from mot_lora.data import ENDLESS, NOT_DRAWN, SEEN, TWICE, WRONG, draw
-from mot_lora.display import live, screen
+from mot_lora.data.columns import GOLD, MESSAGES, QUESTION, REASONING
+from mot_lora.data.overlap import Overlap, normalized
+from mot_lora.data.reasoning import THINK_END, chain_of
+from mot_lora.data.rows import Row, read_rows
+from mot_lora.data.scoring import is_right
+from mot_lora.data.select import ENDLESS, NOT_DRAWN, SEEN, TWICE, WRONG, draw
+from mot_lora.data.traces import Example, Trace, read_question, read_trace
 from mot_lora.durable import write_text
 from mot_lora.errors import UserError
-from mot_lora.options import Json, print_json
-from mot_lora.overlap import Overlap, normalized
 from mot_lora.progress import Progress, silent
 from mot_lora.reader import parse_config
-from mot_lora.rows import Row, read_rows
-from mot_lora.scoring import is_right
-from mot_lora.thought import THINK_END, chain_of
-from mot_lora.traces import Example, Trace, read_question, read_trace
+from mot_lora.reports.display import live, screen
 
 # Why a row is left out, beside the reasons that a run has.
 ABSENT = "no trace"

@@ -45,10 +45,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mot_lora.cli import main
+from mot_lora.cli.app import main
 from mot_lora.config import Config
-from mot_lora.lowrank import Adapter, Factors
-from mot_lora.merged import Merged, combine
+from mot_lora.merging.lowrank import Adapter, Factors
+from mot_lora.merging.merged import Merged, combine
 from mot_lora.reader import demo_path, parse_config
 
 torch.set_num_threads(1)

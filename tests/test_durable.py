@@ -19,7 +19,7 @@ from mot_lora.durable import (
     write_text,
 )
 from mot_lora.records import BranchRecord, EvaluationRecord, TrainRecord
-from mot_lora.rundir import RunDir
+from mot_lora.runs.rundir import RunDir
 
 # --- writing whole or not at all -----------------------------------------------------------------
 

@@ -24,16 +24,16 @@ import yaml
 from conftest import peft_adapter
 from pyarrow import parquet
 
-from mot_lora.adapters import load_adapter
-from mot_lora.checkpoint import Checkpoint
+from mot_lora.adapters.load import load_adapter
+from mot_lora.checkpoints.checkpoint import Checkpoint
+from mot_lora.data.rows import read_rows
+from mot_lora.data.traces import read_question, read_trace
 from mot_lora.durable import hashes, write_record
 from mot_lora.errors import UserError
-from mot_lora.ledger import read_run
 from mot_lora.reader import load_config
 from mot_lora.records import BranchRecord, EvaluationRecord, FoldRecord, RoundRecord, TrainRecord
-from mot_lora.rows import read_rows
-from mot_lora.rundir import RunDir
-from mot_lora.traces import read_question, read_trace
+from mot_lora.runs.ledger import read_run
+from mot_lora.runs.rundir import RunDir
 
 DEEP: Any = []
 for _ in range(200):

@@ -39,7 +39,7 @@ def shape() -> dict[str, Any]:
 
 
 def checkpoint() -> Any:
-    from mot_lora.checkpoint import Checkpoint
+    from mot_lora.checkpoints.checkpoint import Checkpoint
 
     return Checkpoint.open(BASE)
 
@@ -60,7 +60,7 @@ def build() -> dict[str, Any]:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from mot_lora.tensorfile import write_tensors
+    from mot_lora.checkpoints.tensorfile import write_tensors
 
     config = Qwen3Config(**shape(), architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
     config.save_pretrained(BASE)
@@ -107,10 +107,10 @@ def read(cold: bool) -> dict[str, Any]:
 
 def fold(ahead: int, cold: bool) -> dict[str, Any]:
     """The fold of a ledger, with so many modules read ahead."""
-    import mot_lora.base as room
+    import mot_lora.training.student as room
     from mot_lora import merge_adapters
-    from mot_lora.branch import add_adapter
     from mot_lora.config import LoraConfig
+    from mot_lora.training.branch import add_adapter
 
     room.AHEAD = ahead
     base = checkpoint()

@@ -98,7 +98,7 @@ def int8() -> Row:
 def _linear(layer: Any, most: float) -> Row:
     import torch
 
-    from mot_lora.weights import read_weight
+    from mot_lora.checkpoints.weights import read_weight
 
     torch.manual_seed(0)
     layer, kind = layer.cuda(), dtype()
@@ -209,10 +209,10 @@ def _student(quantization: str, device: str) -> Any:
     """A tiny student with its adapter, as the loop has it."""
     import torch
 
-    from mot_lora.base import load_model
-    from mot_lora.branch import add_adapter
-    from mot_lora.checkpoint import Checkpoint
+    from mot_lora.checkpoints.checkpoint import Checkpoint
     from mot_lora.config import LoraConfig
+    from mot_lora.training.branch import add_adapter
+    from mot_lora.training.student import load_model
 
     base = _checkpoint()
     at = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
@@ -234,9 +234,9 @@ def _trained(quantization: str, device: str, tokens: int = 0, **settings: Any) -
     import torch
     from one_card import tokenizer, trace
 
-    from mot_lora import branch
     from mot_lora.config import BranchConfig
-    from mot_lora.traces import Example
+    from mot_lora.data.traces import Example
+    from mot_lora.training import branch
 
     model = _student(quantization, device)
     branch.reset_adapter(model, 0)
@@ -267,8 +267,8 @@ def _fold(quantization: str) -> Row:
     import torch
 
     from mot_lora import Adapter, Factors, merge_adapters
-    from mot_lora.base import fold
-    from mot_lora.checkpoint import Checkpoint
+    from mot_lora.checkpoints.checkpoint import Checkpoint
+    from mot_lora.training.student import fold
 
     model, base, updates = _student(quantization, "cuda"), Checkpoint.open(_checkpoint()), {}
     for name in (n for n in base.files if "_proj" in n):

@@ -82,7 +82,7 @@ def device(asked: Row) -> Any:
 
 def dtype(asked: Row) -> Any:
     """What a student computes in there."""
-    from mot_lora.base import dtype_of
+    from mot_lora.training.student import dtype_of
 
     return dtype_of(device(asked))
 
@@ -145,7 +145,7 @@ def trace(tokens: int) -> list[int]:
 
 
 def tokenizer() -> Any:
-    from mot_lora.chat import load_tokenizer
+    from mot_lora.data.chat import load_tokenizer
     from mot_lora.reader import demo_path
 
     return load_tokenizer(demo_path("student"))
@@ -226,7 +226,7 @@ def cap(asked: Row) -> None:
     """Let this process have no more than was asked."""
     import torch
 
-    from mot_lora.cards import CONTEXT
+    from mot_lora.planning.cards import CONTEXT
 
     if not asked["cap_gb"]:
         return
@@ -260,10 +260,10 @@ def us(asked: Row, tokens: int, chunked: bool = True, checkpointing: bool = True
     """`branch.train`, and what the plan says of it."""
     import torch
 
-    from mot_lora import branch
-    from mot_lora.attention import needs_repeating, repeat_shared_heads
     from mot_lora.config import LoraConfig
-    from mot_lora.traces import Example
+    from mot_lora.data.traces import Example
+    from mot_lora.training import branch
+    from mot_lora.training.attention import needs_repeating, repeat_shared_heads
 
     base = student(asked)
     if asked["device"] == "cuda" and needs_repeating(torch.cuda.get_device_capability()):
@@ -284,9 +284,9 @@ def plans(asked: Row, cells: list[tuple[str, int]]) -> Row:
 def planned(asked: Row, tokens: int, chunked: bool = True, checkpointing: bool = True) -> Row:
     from dataclasses import replace
 
-    from mot_lora.cards import this_card
     from mot_lora.config import Config
-    from mot_lora.need import Need, peak_of
+    from mot_lora.planning.cards import this_card
+    from mot_lora.planning.need import Need, peak_of
 
     card = this_card(device(asked))
     if asked["cap_gb"]:
@@ -409,7 +409,7 @@ def build(asked: Row) -> Row:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mot_lora.tensorfile import write_tensors
+    from mot_lora.checkpoints.tensorfile import write_tensors
 
     config = architecture(asked)
     config.save_pretrained(BASE)
@@ -433,9 +433,10 @@ def build(asked: Row) -> Row:
 
 def one_round(asked: Row) -> Row:
     """A run of one round, and where its time went."""
-    from mot_lora import branch, run
+    from mot_lora import run
     from mot_lora.config import Config
     from mot_lora.records import EvaluationRecord
+    from mot_lora.training import branch
 
     tokens, steps, meter, ready = asked["round_tokens"], asked["round_steps"], Meter(asked), 0.0
     branch.BranchTrainer = meter.on(branch.BranchTrainer)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mot_lora import footprint, kernels
 from mot_lora.config import BranchConfig, LoraConfig
+from mot_lora.planning import footprint, kernels
 
 Row = dict[str, Any]
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

@@ -2,7 +2,7 @@
 
     python tests/cuda/run.py -m mot_lora.cli run recipes/quickstart.yaml rounds=1 branch.steps=2 output=runs/false
     python tests/cuda/run.py --name "Tesla T4" --gib 16 --capability 7.5 script.py
-    python tests/cuda/run.py --count 2 -m pytest -x tests/test_offload.py
+    python tests/cuda/run.py --count 2 -m pytest -x tests/training/test_offload.py
 
 What it shows: tensors on different devices, dtypes under CUDA's autocast, which attention kernel is chosen, bytes in
 use and their peak, out-of-memory errors, use of memory that was given back, copies that nobody waited for. What it

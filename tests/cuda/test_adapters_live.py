@@ -9,8 +9,8 @@ from false_gpu import false_gpu
 from test_live import deltas_by_hand, layers_of, with_adapters
 
 from mot_lora import add_merged_adapter
-from mot_lora.base import load_model
-from mot_lora.checkpoint import Checkpoint
+from mot_lora.checkpoints.checkpoint import Checkpoint
+from mot_lora.training.student import load_model
 
 CUDA = torch.device("cuda", 0)
 

@@ -10,16 +10,16 @@ import torch
 from false_gpu import false_gpu
 from peft import PeftModel
 
-from mot_lora.base import load_model
-from mot_lora.branch import add_adapter
-from mot_lora.chat import encode, load_tokenizer, prompt_text
-from mot_lora.checkpoint import Checkpoint
+from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import EvalConfig, LoraConfig
-from mot_lora.decode import Decoding, decode
+from mot_lora.data.chat import encode, load_tokenizer, prompt_text
+from mot_lora.data.traces import Example, Question, Trace
 from mot_lora.errors import UserError
-from mot_lora.evaluate import evaluate
-from mot_lora.loss import computing
-from mot_lora.traces import Example, Question, Trace
+from mot_lora.training.branch import add_adapter
+from mot_lora.training.decoding import Decoding, decode
+from mot_lora.training.evaluation import evaluate
+from mot_lora.training.loss import computing
+from mot_lora.training.student import load_model
 
 GPU = torch.device("cuda", 0)
 QUESTIONS = [Question("7 + " * n + "1 = ?", "8") for n in (5, 1, 9, 3, 7, 2, 12, 4)]

@@ -16,14 +16,14 @@ from false_gpu import false_gpu
 from test_harness import tasks  # noqa: F401
 
 from mot_lora import UserError, evaluate_run, run
-from mot_lora.base import fold, load_model
-from mot_lora.branch import add_adapter
-from mot_lora.checkpoint import Checkpoint
-from mot_lora.compare import borrow, compare
+from mot_lora.analysis.consensus import consensus
+from mot_lora.analysis.experiment import borrow, compare
+from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config, LoraConfig
-from mot_lora.consensus import consensus
 from mot_lora.reader import load_config
-from mot_lora.rundir import RunDir
+from mot_lora.runs.rundir import RunDir
+from mot_lora.training.branch import add_adapter
+from mot_lora.training.student import fold, load_model
 
 MakeConfig = Callable[..., Config]
 # bitsandbytes keeps four small tables for as long as the process lives

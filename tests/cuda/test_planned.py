@@ -12,12 +12,12 @@ from false_gpu import false_gpu
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from mot_lora import run
-from mot_lora.cards import CONTEXT
 from mot_lora.config import Config
-from mot_lora.need import PROMPT, Part
-from mot_lora.offload import SLAB
-from mot_lora.plan import PlanRecord
+from mot_lora.planning.cards import CONTEXT
+from mot_lora.planning.fit import PlanRecord
+from mot_lora.planning.need import PROMPT, Part
 from mot_lora.reader import demo_path
+from mot_lora.training.offload import SLAB
 
 T4 = {"name": "Tesla T4", "gib": 16, "capability": "7.5"}
 CASES: Mapping[str, dict[str, Any]] = {

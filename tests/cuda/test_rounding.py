@@ -9,8 +9,8 @@ from false_gpu import false_gpu
 
 from mot_lora import export, export_adapter
 from mot_lora.config import Config
-from mot_lora.ledger import read_run
-from mot_lora.rundir import RunDir
+from mot_lora.runs.ledger import read_run
+from mot_lora.runs.rundir import RunDir
 
 
 @pytest.fixture

@@ -12,23 +12,24 @@ import torch
 from conftest import stored, true_updates
 from false_gpu import false_gpu
 from test_consensus import check_landscape
+from test_distillation import same_run
 from test_memory import is_free
-from test_rounds import same_run
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from mot_lora import UserError, offload, run
-from mot_lora.base import load_model
-from mot_lora.branch import add_adapter, reset_adapter, train
-from mot_lora.chat import encode, load_tokenizer
-from mot_lora.checkpoint import Checkpoint
+from mot_lora import UserError, run
+from mot_lora.analysis.consensus import consensus
+from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, LoraConfig
-from mot_lora.consensus import consensus
-from mot_lora.export import export
+from mot_lora.data.chat import encode, load_tokenizer
+from mot_lora.data.traces import Trace
 from mot_lora.reader import demo_path
 from mot_lora.records import RunRecord
-from mot_lora.rundir import RunDir
-from mot_lora.traces import Trace
+from mot_lora.runs.export import export
+from mot_lora.runs.rundir import RunDir
+from mot_lora.training import offload
+from mot_lora.training.branch import add_adapter, reset_adapter, train
+from mot_lora.training.student import load_model
 
 MakeConfig = Callable[..., Config]
 T4 = {"name": "Tesla T4", "gib": 16, "capability": "7.5"}

@@ -8,14 +8,14 @@ import torch
 from false_gpu import false_gpu
 from torch import Tensor
 
-from mot_lora.attention import REPEATED
-from mot_lora.base import dtype_of, load_model
-from mot_lora.branch import add_adapter, fast_layers, reset_adapter, set_checkpoints, train
-from mot_lora.chat import load_tokenizer
-from mot_lora.checkpoint import Checkpoint
+from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
-from mot_lora.loss import batch_loss, logits, token_log_probs
-from mot_lora.traces import Example
+from mot_lora.data.chat import load_tokenizer
+from mot_lora.data.traces import Example
+from mot_lora.training.attention import REPEATED
+from mot_lora.training.branch import add_adapter, fast_layers, reset_adapter, set_checkpoints, train
+from mot_lora.training.loss import batch_loss, logits, token_log_probs
+from mot_lora.training.student import dtype_of, load_model
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 T4 = {"name": "Tesla T4", "gib": 16, "capability": "7.5"}

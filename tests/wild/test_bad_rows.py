@@ -12,11 +12,11 @@ from conftest import refused
 from transformers import PreTrainedTokenizerBase
 from wild import jsonl, recipe, rows, student
 
-from mot_lora.chat import load_tokenizer
 from mot_lora.config import Config, TeacherConfig
-from mot_lora.data import Choice, load_data
+from mot_lora.data.chat import load_tokenizer
+from mot_lora.data.overlap import Overlap
+from mot_lora.data.select import Choice, load_data
 from mot_lora.errors import UserError
-from mot_lora.overlap import Overlap
 from mot_lora.reader import parse_config
 from mot_lora.records import DataRecord
 
@@ -222,7 +222,7 @@ def test_a_trace_that_no_tokens_could_make_short_is_not_tokenized(
     base: tuple[Path, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     which = Choice(TeacherConfig(name="a", data="a"), base[1], Overlap((), 13), 64)
-    monkeypatch.setattr("mot_lora.data.encode", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr("mot_lora.data.select.encode", lambda *_: pytest.fail("tokenized"))
     long = {"question": "q", "response": "<think>" + "so 1 + 1 = 2. " * 100_000 + "</think>2"}
     assert which.choose([("row 1", long)], 0) == []
     assert which.left_out == {"too long": 1}

@@ -11,10 +11,10 @@ from conftest import change_config, refused
 from wild import llama, lora
 
 from mot_lora import Adapter, Factors, UserError, merge_adapters
-from mot_lora.base_names import compare
+from mot_lora.adapters.bases import compare
+from mot_lora.adapters.save import pack
+from mot_lora.adapters.sources import check_bases
 from mot_lora.errors import Remark
-from mot_lora.pack import pack
-from mot_lora.sources import check_bases
 
 QWEN = "Qwen/Qwen2.5-7B-Instruct"
 SNAPSHOT = "snapshots/a09a35458c702b33eeacc393d103063234e8bc28"

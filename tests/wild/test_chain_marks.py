@@ -2,7 +2,7 @@
 
 import pytest
 
-from mot_lora.thought import calls_tool, chain_of, think, to_think
+from mot_lora.data.reasoning import calls_tool, chain_of, think, to_think
 
 END, START, MESSAGE = "<|end|>", "<|start|>assistant", "<|message|>"
 ANALYSIS = f"<|channel|>analysis{MESSAGE}so 5"

@@ -22,10 +22,10 @@ from transformers import (
 from wild import far, jsonl, llama, lora, recipe, rows, student
 
 from mot_lora import UserError, fold_checkpoint, merge_adapters, verify_checkpoint
-from mot_lora.base import from_pretrained
-from mot_lora.checkpoint import INDEX_FILE, Checkpoint
-from mot_lora.companions import NOT_DOWNLOADED, companions
+from mot_lora.checkpoints.checkpoint import INDEX_FILE, Checkpoint
+from mot_lora.checkpoints.companions import NOT_DOWNLOADED, companions
 from mot_lora.errors import Remark
+from mot_lora.training.student import from_pretrained
 
 Call = Callable[..., tuple[int, str, str]]
 Q = "model.layers.0.self_attn.q_proj"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mot_lora.choices import Choices, find_choices
+from mot_lora.data.choices import Choices, find_choices
+from mot_lora.data.traces import Trace, read_question, read_trace
 from mot_lora.errors import UserError
-from mot_lora.traces import Trace, read_question, read_trace
 
 ASK = "Which is a prime?"
 FOUR = ["4", "6", "7", "9"]

@@ -8,11 +8,11 @@ import pytest
 from pyarrow import parquet
 from wild import student
 
-from mot_lora.chat import encode, load_tokenizer, prompt_text, segments
-from mot_lora.conversation import ROLES, read_turns
+from mot_lora.data.chat import encode, load_tokenizer, prompt_text, segments
+from mot_lora.data.conversation import ROLES, read_turns
+from mot_lora.data.rows import read_rows
+from mot_lora.data.traces import Trace, read_question, read_trace
 from mot_lora.errors import RowError, UserError
-from mot_lora.rows import read_rows
-from mot_lora.traces import Trace, read_question, read_trace
 
 USER, DONE = {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "<think>\nso 5\n</think>\n\n5"}
 KEYS = ("role", "content", "from", "value", "tool_calls", "reasoning_content", "name", "tool_call_id", "weight")

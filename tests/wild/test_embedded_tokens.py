@@ -11,9 +11,9 @@ from conftest import refused
 from transformers import AutoModelForCausalLM
 from wild import jsonl, llama, recipe, rows, tokenizer
 
-from mot_lora.chat import collate, encode, load_tokenizer
-from mot_lora.loss import batch_loss
-from mot_lora.traces import Trace
+from mot_lora.data.chat import collate, encode, load_tokenizer
+from mot_lora.data.traces import Trace
+from mot_lora.training.loss import batch_loss
 
 Call = Callable[..., tuple[int, str, str]]
 

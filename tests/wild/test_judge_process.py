@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mot_lora import judge
+from mot_lora.data import judge
+from mot_lora.data.judge import equal
+from mot_lora.data.scoring import elected, is_right
 from mot_lora.errors import UserError
-from mot_lora.judge import equal
-from mot_lora.scoring import elected, is_right
 
 HUGE = (  # pytorch/torchtitan#4442, huggingface/Math-Verify#63, huggingface/open-r1#420
     r"9^{9^{9^{9}}}",
@@ -138,8 +138,8 @@ def test_a_judge_that_does_not_load_is_said_and_nothing_is_judged_wrong(
 
 PARENT = """
 import os, signal, subprocess, sys, threading, time
-from mot_lora import judge
-from mot_lora.judge import equal
+from mot_lora.data import judge
+from mot_lora.data.judge import equal
 assert equal("x+1", "1+x")
 mine = judge._process.pid
 child = os.fork()

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from mot_lora.scoring import is_right
-from mot_lora.traces import read_question
+from mot_lora.data.scoring import is_right
+from mot_lora.data.traces import read_question
 
 # family: (text, right answer), each of them right
 RIGHT: dict[str, list[tuple[str, str]]] = {

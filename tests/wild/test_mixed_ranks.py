@@ -99,7 +99,7 @@ def test_peft_computes_the_same_with_zeros_in_every_kind(bases: dict[str, Path],
 def test_zeros_that_cost_much_are_left_out_and_that_is_told(
     adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
 ) -> None:
-    monkeypatch.setattr("mot_lora.pack.PADDING", 1000)
+    monkeypatch.setattr("mot_lora.adapters.save.PADDING", 1000)
     pair = (adapters["few modules"], adapters["all modules"])
     status, said, _ = call("merge", *pair, "--out", tmp_path / "cheap")  # 20 and 16: less than twice as large
     assert (status, "llama.cpp" in said) == (0, False)

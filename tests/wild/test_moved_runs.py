@@ -17,13 +17,13 @@ from wild import student as make_student
 from wild import tokenizer as make_tokenizer
 
 from mot_lora import UserError, compare, export, export_adapter, load_config, run
-from mot_lora.checkpoint import Checkpoint
+from mot_lora.analysis.consensus import consensus
+from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config
-from mot_lora.consensus import consensus
-from mot_lora.inputs import by_content, found, places, resolved
-from mot_lora.ledger import read_run, settings
 from mot_lora.records import RunRecord
-from mot_lora.rundir import RunDir
+from mot_lora.runs.inputs import by_content, found, places, resolved
+from mot_lora.runs.ledger import read_run, settings
+from mot_lora.runs.rundir import RunDir
 
 Call = Callable[..., tuple[int, str, str]]
 FEW = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 1e-2, "max_length": 512}

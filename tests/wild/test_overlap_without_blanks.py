@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mot_lora.overlap import Overlap
+from mot_lora.data.overlap import Overlap
 
 ASKED = {
     "Chinese": "小明有12个苹果，他又买了7个，然后吃掉了3个。请问他现在还有多少个苹果？",  # noqa: RUF001

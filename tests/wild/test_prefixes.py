@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from test_names import TEXT, VLMS, check, folded, made, store
 from wild import lora
 
-from mot_lora.base import fold, load_model
-from mot_lora.branch import add_adapter
-from mot_lora.checkpoint import Checkpoint
+from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import LoraConfig
-from mot_lora.lowrank import Adapter, Factors
-from mot_lora.merged import combine
+from mot_lora.merging.lowrank import Adapter, Factors
+from mot_lora.merging.merged import combine
+from mot_lora.training.branch import add_adapter
+from mot_lora.training.student import fold, load_model
 
 TINY: dict[str, Any] = {k: TEXT[k] for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 GPT2 = t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **TINY)

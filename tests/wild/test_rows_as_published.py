@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from mot_lora.columns import right_answers
+from mot_lora.data.columns import right_answers
+from mot_lora.data.scoring import is_right
+from mot_lora.data.traces import Example, Trace, read_question, read_trace, read_traces, settled
 from mot_lora.errors import RowError
-from mot_lora.scoring import is_right
-from mot_lora.traces import Example, Trace, read_question, read_trace, read_traces, settled
 
 CHAIN, WHOLE = "doubling seven times", "<think>\ndoubling seven times\n</think>\n\nIt is \\boxed{128}."
 ASK, SAYS = "What is $2^7$?", "It is \\boxed{128}."

@@ -7,8 +7,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from wild import CHATML, tokenizer
 
-from mot_lora.chat import encode, prompt_text, token_ids
-from mot_lora.traces import Trace
+from mot_lora.data.chat import encode, prompt_text, token_ids
+from mot_lora.data.traces import Trace
 
 ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"

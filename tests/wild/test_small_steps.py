@@ -16,11 +16,11 @@ from wild import jsonl, recipe, rows
 from wild import student as make_student
 
 from mot_lora import load_config, run
-from mot_lora.branch import train
-from mot_lora.chat import encode, load_tokenizer
+from mot_lora.data.chat import encode, load_tokenizer
+from mot_lora.data.traces import Example, Trace
 from mot_lora.errors import DivergedError
-from mot_lora.traces import Example, Trace
-from mot_lora.trainer import rate_share
+from mot_lora.training.branch import train
+from mot_lora.training.trainer import rate_share
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,6 @@ def test_steps_that_all_overflow_in_fp16_are_told(
     for name, p in model.named_parameters():
         if "lora_" in name:
             p.data = p.data.float()
-    monkeypatch.setattr("mot_lora.trainer.BranchTrainer._clip_grad_norm", overflow)
+    monkeypatch.setattr("mot_lora.training.trainer.BranchTrainer._clip_grad_norm", overflow)
     with pytest.raises(DivergedError, match=r"no step changed the adapter.*fp16.*give it more steps"):
         train(model, tokenizer, examples, settings(steps=1), seed=0)

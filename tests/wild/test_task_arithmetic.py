@@ -9,7 +9,7 @@ from conftest import refused, stored, true_updates
 from wild import far, llama, lora
 
 from mot_lora import UserError, fold_checkpoint, merge_adapters
-from mot_lora.merge import ELECTS, linear
+from mot_lora.merging.methods import ELECTS, linear
 
 
 @pytest.fixture(scope="module")

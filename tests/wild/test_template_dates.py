@@ -8,8 +8,8 @@ import pytest
 from transformers.utils import chat_template_utils
 from wild import CHATML, jsonl, recipe, rows, student, tokenizer
 
-from mot_lora.chat import encode, load_tokenizer, prompt_text
-from mot_lora.traces import Trace
+from mot_lora.data.chat import encode, load_tokenizer, prompt_text
+from mot_lora.data.traces import Trace
 
 Call = Callable[..., tuple[int, str, str]]
 

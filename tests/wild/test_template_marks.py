@@ -10,9 +10,9 @@ from conftest import refused
 from transformers import PreTrainedTokenizerBase
 from wild import jsonl, recipe, student
 
-from mot_lora.chat import EndedError, encode, load_tokenizer, prompt_text, unmarked
+from mot_lora.data.chat import EndedError, encode, load_tokenizer, prompt_text, unmarked
+from mot_lora.data.traces import Trace, read_trace
 from mot_lora.errors import UserError
-from mot_lora.traces import Trace, read_trace
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 from wild import tokenizer
 
-from mot_lora.chat import (
+from mot_lora.data.chat import (
     Template,
     answer_text,
     encode,
@@ -18,10 +18,9 @@ from mot_lora.chat import (
     stop_ids,
     token_ids,
 )
+from mot_lora.data.scoring import final_answer
+from mot_lora.data.traces import IGNORE, Trace
 from mot_lora.errors import UserError
-from mot_lora.loss import IGNORE
-from mot_lora.scoring import final_answer
-from mot_lora.traces import Trace
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,10 @@
+from .arms import Arm as Arm
+from .arms import arms as arms
+from .comparison import ArmRun as ArmRun
+from .comparison import Comparison as Comparison
+from .comparison import summarize as summarize
+from .confidence import ConsensusRecord as ConsensusRecord
+from .consensus import consensus as consensus
+from .experiment import compare as compare
+from .harness import HarnessRecord as HarnessRecord
+from .harness import evaluate_run as evaluate_run

@@ -1,0 +1,311 @@
+"""A model folder, W_0: opened read-only, one tensor at a time."""
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mot_lora.checkpoints.companions import NOT_DOWNLOADED, QUANTIZED, companions
+from mot_lora.checkpoints.quantized import method_of, why_quantized, without
+from mot_lora.checkpoints.tensorfile import DTYPES, TensorFile
+from mot_lora.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+NAMED = "transformers_weights"  # the key of a config that names another file or index
+PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+DISTRIBUTED = "shard-?????-model-?????-of-?????.safetensors"  # what transformers takes before all others
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder of safetensors shards, read one tensor at a time and never written.
+
+    Which of its files are the model is decided as transformers decides it; `remarks` tell what was left.
+
+    Errors: UserError for a folder that is no model, an adapter, a .bin checkpoint or one that is already quantized.
+
+    >>> Checkpoint.open("Qwen/Qwen3-0.6B").tensor("model.norm.weight").shape  # doctest: +SKIP
+    torch.Size([1024])
+    """
+
+    path: Path
+    name: str
+
+    @classmethod
+    def open(cls, name: str | Path, weights: bool = True) -> "Checkpoint":
+        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache: its weights, unless they
+        are not wanted yet. Code that comes with it is not run.
+        """
+        path = locate(name, ignore=NOT_DOWNLOADED)
+        if not (path / "config.json").exists():
+            what = "an adapter, not a model" if (path / "adapter_config.json").exists() else "not a model folder"
+            raise UserError(f"{name}: {what}: it has no config.json; give the folder or Hub name of the full model")
+        checkpoint = cls(path, str(name))
+        if weights:
+            locate(name, checkpoint._wanted())
+        checkpoint._refuse_quantized(weights)
+        if weights and not checkpoint.files:
+            raise UserError(f"{name}: its weights are empty")
+        return checkpoint
+
+    @cached_property
+    def stored_config(self) -> dict[str, Any]:
+        """The config as it is stored."""
+        return _object(self.path / "config.json", "a model's config")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config without what is not true of the weights: that they are quantized, or have a name of their own."""
+        return {key: value for key, value in without(self.stored_config).items() if key != NAMED}
+
+    def _refuse_quantized(self, weights: bool) -> None:
+        method = method_of(self.stored_config)
+        # where the config says nothing, the weights are looked at when they are wanted
+        seen = self._tensors if weights else self._tensors_to_come() if method else {}
+        if why := why_quantized(seen):
+            raise UserError(
+                f"{self.name}: its weights are stored quantized ({f'{method}: ' if method else ''}{why}), so small "
+                "updates would be lost in every fold; give the original 16-bit model, it is quantized in memory"
+            )
+        if method == "bitnet":
+            raise UserError(
+                f"{self.name}: BitNet rounds its weights to three values whenever it runs, so small updates would be "
+                "lost; give a model without it"
+            )
+
+    def _tensors_to_come(self) -> Mapping[str, tuple[torch.dtype, Sequence[int]]]:
+        """What the weights are, which need not be here yet; empty where that cannot be told."""
+        from huggingface_hub import get_safetensors_metadata
+
+        if Path(self.name).is_dir():
+            return self._tensors if any(self._beside) else {}
+        try:
+            files = get_safetensors_metadata(self.name).files_metadata.values()
+        except Exception:  # offline, gated, not safetensors: told when the weights are wanted
+            return {}
+        return {n: (DTYPES.get(t.dtype, torch.uint8), t.shape) for file in files for n, t in file.tensors.items()}
+
+    # --- which files are the model -----------------------------------------------------------------------
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The files that hold the model: one named by the config, one alone, those of an index, in this order."""
+        if found := sorted(self.path.glob(DISTRIBUTED)):
+            raise UserError(
+                f"{self.path}: holds {found[0].name}, a distributed checkpoint, which transformers takes before all "
+                "else; load it and save it as one model, or move it away"
+            )
+        if self.index:
+            return sorted({self.path / file for file in self.index.values()})
+        if named := self.stored_config.get(NAMED):
+            return [self.path / _inside(named, "config.json")]
+        if _is_there(self.path / SINGLE_FILE):
+            return [self.path / SINGLE_FILE]
+        parts = {int(m[1]): (path, int(m[2])) for path in self._beside if (m := PART.fullmatch(path.name))}
+        if parts and all(set(parts) == set(range(1, n + 1)) for _, n in parts.values()):
+            return [path for _, (path, _) in sorted(parts.items())]
+        raise UserError(f"{self.path}: {self._unread}")
+
+    @cached_property
+    def index(self) -> Mapping[str, str]:
+        """Tensor name -> the file that is to hold it; empty for a model without an index, or one that is not used."""
+        named = self.stored_config.get(NAMED)
+        if named and not str(named).endswith(".index.json"):
+            return {}
+        file = self.path / (named or INDEX_FILE)
+        if not named and (_is_there(self.path / SINGLE_FILE) or not _is_there(file)):
+            return {}
+        try:
+            return {name: _inside(at, file.name) for name, at in _object(file, "an index")["weight_map"].items()}
+        except (LookupError, AttributeError) as e:
+            raise UserError(f"{file}: damaged ({e!r}); download the model again") from e
+
+    @property
+    def _beside(self) -> list[Path]:
+        return sorted(self.path.glob("*.safetensors"))
+
+    @property
+    def _unread(self) -> str:
+        """Why none of the files here is the model."""
+        others = [path.name for path in self._beside if not path.name.startswith("adapter_")]
+        if others and all(map(PART.fullmatch, others)):
+            return f"has no {INDEX_FILE}, and not all shards ({', '.join(others)}); download the model again"
+        if others:
+            return f"transformers takes its weights from {SINGLE_FILE} or an index; rename {', '.join(others)}"
+        if (self.path / "adapter_config.json").exists():
+            return "an adapter, not a model: it holds no weights of a full model; give its base"
+        if any(self.path.glob("*.gguf")):
+            return "its weights are GGUF, which is quantized; give the original 16-bit model"
+        if not Path(self.name).is_dir():
+            return f"the Hub's cache has no .safetensors of {self.name}; is it offline, or has it another format?"
+        return (
+            "its weights are not .safetensors; convert them: AutoModelForCausalLM.from_pretrained("
+            "folder).save_pretrained(new_folder)"
+        )
+
+    def _wanted(self) -> list[str]:
+        """What to download of the weights."""
+        named = self.stored_config.get(NAMED)
+        return [*({*self.index.values()} or ([named] if named else [SINGLE_FILE, "model-*-of-*.safetensors"]))]
+
+    @cached_property
+    def files(self) -> dict[str, TensorFile]:
+        """Tensor name -> the shard that holds it."""
+        files = {name: file for file in map(TensorFile, self.shards) for name in file.entries}
+        missing = sorted(name for name in self.index if name not in files and not self._may_lack(name))
+        if missing:
+            raise UserError(
+                f"{self.path}: its index lists {missing[0]} in {self.index[missing[0]]}, which does not hold it; "
+                "download the model again"
+            )
+        return files
+
+    @property
+    def _tensors(self) -> Mapping[str, tuple[torch.dtype, Sequence[int]]]:
+        entries = {name: file.entries[name] for name, file in self.files.items()}
+        return {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+
+    def _may_lack(self, name: str) -> bool:
+        """Whether a tensor is the head of a model that ties it to the embedding, so that it need not be stored."""
+        said = [self.config, *(v for k, v in self.config.items() if k.endswith("_config") and isinstance(v, dict))]
+        return name.endswith("lm_head.weight") and any(c.get("tie_word_embeddings") for c in said)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the folder holds or says that is no part of the model, and is left: a line each."""
+        shards = set(self.shards)
+        beside = [path.name for path in self._beside if path not in shards and not path.name.startswith("adapter_")]
+        remarks = list[str]()
+        if beside:
+            used = self.shards[0].name if len(shards) == 1 else f"what {INDEX_FILE} lists"
+            others = beside[0] + (f" and {len(beside) - 1} more" if len(beside) > 1 else "")
+            remarks.append(f"{self.name}: {used} is the model, as for transformers; {others} beside it is not read")
+        if len(shards) > 1 and not self.index:
+            remarks.append(f"{self.name}: has no {INDEX_FILE}; its {len(shards)} numbered shards are the model")
+        if any((self.path / f"adapter_{what}").exists() for what in ("config.json", SINGLE_FILE)):
+            remarks.append(f"{self.name}: the adapter in the model's folder is no part of it and is not read")
+        old = [name for name in QUANTIZED if (self.path / name).exists()]
+        if method := method_of(self.stored_config):
+            old.insert(0, f"the quantization ({method}) in config.json")
+        if old:
+            remarks.append(f"{self.name}: {' and '.join(old)} left out: the weights are not quantized")
+        return remarks
+
+    @property
+    def companions(self) -> list[Path]:
+        """The files that travel with the weights, relative to the folder; the config, which tells of them, apart."""
+        return [file for file in companions(self.path) if file != Path("config.json")]
+
+    @contextmanager
+    def alone(self) -> Generator[Path]:
+        """A folder of links in which any loader finds this model and nothing else."""
+        with tempfile.TemporaryDirectory(prefix="mot-lora-") as parent:
+            folder = Path(parent) / self.path.absolute().name  # by which transformers keeps the code of a model
+            folder.mkdir()
+            for file in self.companions:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).symlink_to((self.path / file).absolute())
+            for shard in self.shards:
+                (folder / shard.name).symlink_to(shard.absolute())
+            size = sum(file.entries[name].end - file.entries[name].start for name, file in self.files.items())
+            describe(folder, self.config, {name: file.path.name for name, file in self.files.items()}, size)
+            yield folder
+
+    # --- its tensors -------------------------------------------------------------------------------------
+
+    def tensor(self, name: str, device: str | torch.device = "cpu", pinned: bool = False) -> Tensor:
+        """One tensor as it is stored (see `TensorFile.read`)."""
+        return self.files[name].read(name, device, pinned)
+
+    def not_finite(self) -> str | None:
+        """The first tensor found that holds an infinity or a NaN; reads all of the model."""
+        found = (file.not_finite() for file in {f.path: f for f in self.files.values()}.values())
+        return next((name for name in found if name), None)
+
+    def where(self, name: str) -> tuple[Path, int]:
+        """The shard that holds a tensor, and its place in it: tensors in this order lie one after the other on disk."""
+        file = self.files[name]
+        return file.path, file.entries[name].start
+
+    def fingerprint(self) -> str:
+        """A hash of the config and of each shard's size, header and last MiB: cheap, and it tells two models apart."""
+        digest = hashlib.sha256(json.dumps(self.stored_config, sort_keys=True).encode())
+        for shard in sorted({file.path for file in self.files.values()}):
+            with shard.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                size = shard.stat().st_size
+                digest.update(f"{shard.name} {size}".encode() + file.read(header))
+                file.seek(max(8 + header, size - 2**20))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells a student: its fingerprint, and a hash of samples of every tensor, which tells a model from one
+        that was trained further in some layers.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.files, key=self.where):
+            digest.update(name.encode() + self.files[name].sample(name))
+        return {"student": self.fingerprint(), "weights": digest.hexdigest()[:16]}
+
+
+def describe(folder: Path, config: Mapping[str, Any], where: Mapping[str, str], size: int) -> None:
+    """Write a model folder's config, and an index of which file holds each tensor unless one holds all."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if set(where.values()) != {SINGLE_FILE}:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _object(file: Path, what: str) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{file}: not JSON ({e})") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not {what}: it must hold an object")
+    return cast("dict[str, Any]", found)
+
+
+def _is_there(file: Path) -> bool:
+    return file.exists() or file.is_symlink()  # a link to nothing is a file that is missing, not another's turn
+
+
+def _inside(file: object, by: str) -> str:
+    """A file's name as an index or a config may give it. Errors: UserError for one that leaves the folder."""
+    path = PurePosixPath(str(file))
+    if not isinstance(file, str) or path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+        raise UserError(f"{by} names {file!r}, which is no .safetensors file of its folder")
+    return file
+
+
+def locate(
+    name: str | Path, patterns: list[str] | None = None, kind: str = "model", ignore: list[str] | None = None
+) -> Path:
+    """A local folder, or that of a Hub repository, with its files that match the patterns downloaded."""
+    path = Path(name)
+    return path if path.is_dir() else download(str(name), patterns, kind, ignore)
+
+
+def download(
+    name: str, patterns: list[str] | None = None, kind: str = "model", ignore: list[str] | None = None
+) -> Path:
+    """The folder of a Hub repository, its files that match the patterns downloaded once into the Hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"{name}: neither a folder here nor a {kind} on the Hub that can be had now ({reason})") from e

@@ -1,0 +1,5 @@
+"""`python -m mot_lora.cli`."""
+
+from mot_lora.cli import main
+
+main()

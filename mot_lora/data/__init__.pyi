@@ -1,0 +1,16 @@
+from .chat import collate as collate
+from .chat import encode as encode
+from .chat import load_tokenizer as load_tokenizer
+from .overlap import Overlap as Overlap
+from .reasoning import chain_of as chain_of
+from .reasoning import think as think
+from .rows import read_rows as read_rows
+from .scoring import final_answer as final_answer
+from .scoring import is_right as is_right
+from .select import Data as Data
+from .select import load_data as load_data
+from .traces import Example as Example
+from .traces import Question as Question
+from .traces import Trace as Trace
+from .traces import read_question as read_question
+from .traces import read_trace as read_trace

@@ -1,0 +1,380 @@
+"""What the columns of a row are called, and what they hold: questions, answers, chains, right answers, token ids."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+from mot_lora.data.cells import (
+    as_list,
+    as_object,
+    as_text,
+    at,
+    first_filled,
+    has,
+    is_broken,
+    is_empty,
+    kind,
+    unpacked,
+    without_nulls,
+)
+from mot_lora.data.choices import Choices, find_choices
+from mot_lora.data.conversation import CALLING, ORDER, Message, is_conversation, is_untrained, read_turns, text_of
+from mot_lora.errors import RowError
+
+Cell = tuple[str, Any]
+"""A column's name and a row's value in it."""
+
+# What columns are called. Of two that mean the same, a row may fill one; which one is said in `columns` otherwise.
+QUESTION = ("question", "problem", "prompt", "instruction", "query")
+# These are the question only where none of the above is filled, the first of them that is there.
+ELSE_QUESTION = ("task", "question_stem", "input", "inputs", "user", "user_prompt", "ctx", "goal", "sentence")
+REASONING = (
+    "reasoning",
+    "thinking",
+    "thought",
+    "thoughts",
+    "think",
+    "cot",
+    "chain_of_thought",
+    "complex_cot",
+    "reasoning_content",
+    "reasoning_trace",
+    "rationale",
+    "trajectory",
+    "thinking_trajectory",
+    "thinking_trajectories",
+    "deepseek_thinking_trajectory",
+    "gemini_thinking_trajectory",
+    "deepseek_reasoning",
+    "think_content",
+    "reasoning_details",
+)
+RESPONSE = (
+    "completion",
+    "response",
+    "output",
+    "attempt",
+    "generation",
+    "generated_solution",
+    "deepseek_attempt",
+    "gemini_attempt",
+    "deepseek_solution",
+    "assistant",
+    "answer_content",
+    "llm_response",
+    "model_response",
+    "model_output",
+    "generated_text",
+    "completions",
+    "responses",
+    "outputs",
+    "attempts",
+    "generations",
+    "generated_solutions",
+)
+GOLD = ("gold", "gold_answer", "ground_truth", "expected_answer", "reference_answer", "reference", "target")
+# These are the teacher's words where nothing in RESPONSE is, the first of them that is there; else the right answer.
+WRITTEN = ("solution", "answer", "final_answer")
+RIGHT = ("answer", "final_answer", "solution", "answers", "answers_spans", "ground_truth_solution", "solutions")
+# where verl and SYNTHETIC-1 have it; AM has it in a message's info
+NESTED = ("reward_model.ground_truth", "verification_info.ground_truth", "extra_info.answer")
+MESSAGES = ("messages", "conversations", "conversation", "contents", "dialogue", "dialog", "chat")
+SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+# what a question is about: it stands before it
+CONTEXT = ("context", "passage", "article", "paragraph", "document", "documents", "story", "premise", "support")
+ABOUT = ("text", "content", "contents", "contexts", "paragraphs", "sentences", "documents", "passages", "summary")
+NUMBERED = re.compile(r"r1_solution_\d+")  # DeepMath's generations
+# the dataset's own verdicts on each of several generations, as open-r1 has them, and whether a generation ends
+CORRECT = ("correctness_math_verify", "correctness_llama", "correctness", "is_correct", "correct")
+COMPLETE = ("is_reasoning_complete",)
+MEDIA = re.compile(r"(images?|img|pictures?|audios?|speech|videos?)([ _]?\d+|_(path|url|file|bytes)s?)?")
+CALLED = ("tool_calls", "function_call")
+NO_CHAIN = ("on", "off", "yes", "no", "true", "false", "high", "medium", "low")  # how much was to be thought
+NO_ANSWER = ("proof", "notfound", "not found")  # NuminaMath-1.5's words for a problem without one
+
+NO_QUESTION, NO_RESPONSE, NO_RIGHT = "without a question", "without an answer", "without a right answer"
+NO_TEXT, SEVERAL, MORE = "without text", "with several columns that fit", "with more than text"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A row, where it stands, and what its columns mean where their names do not say it."""
+
+    row: Mapping[str, Any]
+    where: str
+    columns: Mapping[Any, str]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        return {str(name).strip().lower(): name for name in self.row}
+
+    @property
+    def taken(self) -> set[str]:
+        """The columns that `columns` says the meaning of."""
+        return set(self.columns.values())
+
+    @property
+    def listed(self) -> str:
+        return ", ".join(map(str, self.row)) or "no columns"
+
+    @cached_property
+    def filled(self) -> dict[str, Any]:
+        """What the columns of no said meaning hold, by their names in lower case."""
+        free = ((n, self.row[name]) for n, name in self.names.items() if name not in self.taken)
+        return {n: value for n, value in free if not is_empty(value)}
+
+    def error(self, message: str, reason: str) -> RowError:
+        return RowError(self.where, message, reason)
+
+    def lacks(self, role: str, names: Sequence[str], wanted: Sequence[str], reason: str) -> RowError:
+        """What to say of a row in which nothing fits a role: a column of it is empty, or there is none."""
+        free = [self.names[n] for n in names if n in self.names and self.names[n] not in self.taken]
+        own = [self.columns[role]] if role in self.columns else free
+        if empty := [name for name in own if has(self.row, name)]:
+            return self.error(f"nothing in {', '.join(f'`{name}`' for name in empty)}", reason)
+        needs = ", or ".join(f"`{name}`" for name in wanted)
+        return self.error(f"needs {needs}; it has {self.listed}; say in `columns` which of them is which", reason)
+
+    def named(self, role: str) -> Cell | None:
+        """The column that `columns` names for a role, where it is filled: a row may leave it out or leave it empty."""
+        value = at(self.row, self.columns[role]) if role in self.columns else None
+        return None if is_empty(value) else (self.columns[role], value)
+
+    def first(self, role: str, names: Sequence[str]) -> Cell | None:
+        """The first of these columns that is filled, where `columns` does not name the role's."""
+        if role in self.columns:
+            return None
+        return next(((n, self.filled[n]) for n in names if n in self.filled), None)
+
+    def find(self, role: str, names: Sequence[str]) -> Cell | None:
+        """The column of a role: the one that `columns` names, or the only filled one of `names`."""
+        if role in self.columns:
+            return self.named(role)
+        found = [(n, self.filled[n]) for n in names if n in self.filled]
+        if len(found) > 1:
+            listed = ", ".join(f"`{n}`" for n, _ in found)
+            raise self.error(
+                f"several columns could be the {role}: {listed}; name one, e.g. columns: {{{role}: {found[0][0]}}}",
+                SEVERAL,
+            )
+        return found[0] if found else None
+
+    def text(self, cell: Cell) -> str:
+        """The text of a cell. Errors: RowError for what is no text, or text that cannot be written as UTF-8."""
+        name, value = cell
+        text = as_text(value)
+        if text is None:
+            raise self.error(f"needs text in `{name}`, not {kind(value)}", NO_TEXT)
+        if is_broken(text):
+            raise self.error(f"`{name}` holds half a character (a lone surrogate)", NO_TEXT)
+        return text
+
+    # ------------------------------------------------------------------------------------------ the question
+
+    def question(self) -> Cell | None:
+        return self.find("question", QUESTION) or self.first("question", ELSE_QUESTION)
+
+    def prompt(self, cell: Cell, choices: Choices | None) -> tuple[Message, ...]:
+        """What stands before the completion: a question with its context and options, or the messages of one."""
+        if is_conversation(cell[1]):
+            turns = read_turns(cell[1], self.where)
+            if not turns or turns[-1]["role"] not in ("user", "tool"):
+                last = turns[-1]["role"] if turns else "nothing"
+                raise self.error(f"a prompt must end with the user, not with {last}", ORDER)
+        else:
+            text = self.text(cell)
+            # Alpaca's two halves of a question
+            more = self.first("input", ("input",)) if cell[0] not in ("input", "inputs") else None
+            text = f"{text}\n\n{self.text(more)}" if more else text
+            history = self.first("history", ("history",))  # LlamaFactory's earlier turns
+            turns = (
+                *(read_turns(history[1], self.where) if history else ()),
+                {"role": "user", "content": self.about(text)},
+            )
+        return self.after_system(self.with_choices(turns, choices))
+
+    def about(self, question: str) -> str:
+        """A question after what it is about, where it does not hold that already."""
+        cell = self.named("context") or self.first("context", CONTEXT)
+        if not cell or cell[0] == self.columns.get("question"):
+            return question
+        context = "\n\n".join(filter(None, (p.strip() for p in passages(cell[1]))))
+        if not context:
+            raise self.error(f"needs text in `{cell[0]}`, not {kind(cell[1])}", NO_TEXT)
+        return question if context in question else f"{context}\n\n{question}"
+
+    def with_choices(self, turns: tuple[Message, ...], choices: Choices | None) -> tuple[Message, ...]:
+        if choices is None or turns[-1]["role"] != "user":
+            return turns
+        return (*turns[:-1], {**turns[-1], "content": choices.asked(turns[-1]["content"])})
+
+    def choices(self, *besides: str) -> Choices | None:
+        """The options of the row; which of them is right is not told by the columns `besides`."""
+        named = self.named("choices")
+        row = {n: value for n, value in self.filled.items() if self.names[n] not in besides}
+        gold = self.named("gold")
+        return find_choices(row, self.where, named and named[1], gold and gold[1])
+
+    def after_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Turns after the system's message where a column has one and they have none."""
+        system = self.find("system", SYSTEM)
+        if system and turns[0]["role"] != "system":
+            return ({"role": "system", "content": self.text(system)}, *turns)
+        return turns
+
+    def tools(self) -> tuple[Any, ...]:
+        """The tools that the row offers, as templates take them."""
+        cell = self.named("tools") or self.first("tools", TOOLS)
+        if cell is None:
+            return ()
+        listed = as_list(cell[1])
+        tools = [as_object(tool) for tool in ([cell[1]] if listed is None else listed)]
+        if None in tools:
+            raise self.error(f"needs a list of objects in `{cell[0]}`, not {kind(cell[1])}", MORE)
+        return tuple(map(without_nulls, tools))
+
+    def refuse_more_than_text(self) -> None:
+        """Errors: RowError for a row of pictures or sound, or with a call of a tool beside its messages."""
+        if media := next((n for n in self.filled if MEDIA.fullmatch(n)), None):
+            raise self.error(
+                f"`{media}` is filled, but the student reads text only; drop the column if text is all", MORE
+            )
+        if called := next((n for n in CALLED if n in self.filled), None):
+            raise self.error(f"answers with `{called}`, but a trace ends in words", CALLING)
+
+    # --------------------------------------------------------------------------------------------- the answer
+
+    def written(self) -> Cell | None:
+        """The teacher's words."""
+        content = ("content",)  # an API's word for the answer
+        names = RESPONSE + content * ("reasoning_content" in self.filled)
+        return self.find("answer", names) or self.first("answer", WRITTEN + content)
+
+    def reasoning(self) -> Cell | None:
+        if "reasoning" in self.columns:
+            return self.named("reasoning")
+        chains = {n: v for n, v in self.filled.items() if str(v).strip().lower() not in NO_CHAIN}
+        found = [n for n in REASONING if n in chains]
+        if len(found) == 2 and "reasoning_details" in found:  # OpenRouter says the same twice
+            found.remove("reasoning_details")
+        return (found[0], chains[found[0]]) if len(found) == 1 else self.find("reasoning", [*found])
+
+    def messages(self, cell: Cell, choices: Choices | None) -> tuple[Message, ...]:
+        """A conversation that ends with a user's and then the assistant's message."""
+        turns = read_turns(cell[1], self.where)
+        roles = [t["role"] for t in turns]
+        if len(set(roles) - {"system"}) == 1:
+            raise self.error(f"a trace of one role only ({roles[-1]}): it needs a user and an assistant", ORDER)
+        if roles[-2:] not in (["user", "assistant"], ["tool", "assistant"]):
+            raise self.error(f"messages must end with a user's and then an assistant's, not {roles}", ORDER)
+        if "tool_calls" in turns[-1]:
+            raise self.error("the last message calls a tool, but a trace ends in words", CALLING)
+        if is_untrained(cell[1]):
+            raise self.error("says not to train on its last message", "not to be trained on")
+        return (*self.after_system(self.with_choices(turns[:-1], choices)), turns[-1])
+
+    def completion(self, cell: Cell) -> str:
+        """The teacher's words: a text, or the message of one."""
+        value = cell[1]
+        if (inner := as_object(value)) and not isinstance(value, str):
+            value = [inner] if is_conversation([inner]) else text_of(inner)
+        if is_conversation(value):
+            turns = read_turns(value, self.where)
+            if len(turns) != 1 or turns[0]["role"] != "assistant" or "tool_calls" in turns[0]:
+                raise self.error(f"`{cell[0]}` must be one message of the assistant, in words", ORDER)
+            return turns[0]["content"]
+        return self.text((cell[0], value))
+
+    # ------------------------------------------------------------------------------------------- right answers
+
+    def gold(self, *besides: str) -> Cell | None:
+        """The right answer, but for columns in which something else is."""
+        names = [n for n in RIGHT if self.names.get(n) not in besides]
+        return self.find("gold", GOLD) or self.first("gold", names) or self.nested_gold()
+
+    def nested_gold(self) -> Cell | None:
+        """The right answer within a cell, where no column has one."""
+        if "gold" in self.columns:
+            return None
+        found = [(name, at(self.filled, name)) for name in NESTED]
+        found += [
+            ("info", at({"": m}, ".info.reference_answer")) for m in as_list(first_filled(self.filled, MESSAGES)) or ()
+        ]
+        return next((cell for cell in found if not is_empty(cell[1])), None)
+
+    # --------------------------------------------------------------------------------- several generations a row
+
+    def generations(self) -> tuple[str, list[tuple[str, Mapping[str, Any]]]] | None:
+        """The column of the answer, and the row once for each of the generations that it lists, with what the row lists
+        of each of them; None for a row of one.
+        """
+        named = "answer" in self.columns
+        if not named and first_filled(self.filled, MESSAGES) is not None:
+            return None
+        numbered = {self.names[n]: v for n, v in self.filled.items() if NUMBERED.fullmatch(n)}
+        if numbered and not named:
+            rest = {k: v for k, v in self.row.items() if k not in numbered}
+            return "generation", [(f"{self.where}, {k}", {**rest, "generation": v}) for k, v in numbered.items()]
+        cell = self.find("answer", RESPONSE)
+        # a text that looks like a list is one answer, but in a column of several
+        texts = as_list(cell[1]) if cell and (not isinstance(cell[1], str) or cell[0].lower().endswith("s")) else None
+        if cell is None or not texts or is_conversation(texts):
+            return None
+        name = cell[0] if named else self.names[cell[0]]
+        of_each = [self.names[n] for n in (*REASONING, *CORRECT, *COMPLETE) if n in self.names]
+        also = {k: as_list(at(self.row, k)) or [] for k in (*of_each, self.columns.get("reasoning", name))}
+        listed = {**{k: values for k, values in also.items() if len(values) == len(texts)}, name: texts}
+        rows = [{**self.row, **{k: values[i] for k, values in listed.items()}} for i in range(len(texts))]
+        places = [f"{self.where}, generation {i + 1}" for i in range(len(texts))] if len(texts) > 1 else [self.where]
+        return name, [*zip(places, rows, strict=True)]
+
+    def integers(self, role: str) -> tuple[int, ...]:
+        """A column of token ids or labels."""
+        cell = self.find(role, (role,))
+        value: Any = unpacked(cell[1]) if cell else None
+        if not isinstance(value, list | tuple) or not all(type(x) is int for x in cast("list[Any]", value)):
+            raise self.error(f"needs a list of integers in `{role}`; it has {self.listed}", "without token ids")
+        return tuple(cast("list[int]", value))
+
+
+def right_answers(value: Any) -> Iterator[str]:
+    """What is right to answer, each text of it, from a text, a number, true or false, or lists and objects of them.
+
+    >>> list(right_answers("6 * 7 = 42\\n#### 42")), list(right_answers({"value": "NYC", "aliases": ["New York"]}))
+    (['42'], ['NYC', 'New York'])
+    """
+    if isinstance(value, bool):
+        yield from ("true", "yes") if value else ("false", "no")
+    elif (listed := as_list(value)) and (not isinstance(value, str) or all(isinstance(v, str) for v in listed)):
+        for one in listed:  # but a text like [1, 2] is itself an answer
+            yield from right_answers(one)
+    elif (inner := as_object(value)) and not isinstance(value, str):
+        for key in ("value", "text", "answer", "ground_truth", "spans", "aliases"):
+            yield from right_answers(inner.get(key))
+    elif (text := as_text(value)) and (right := final_part(text)) and right.lower() not in NO_ANSWER:
+        yield right
+
+
+def final_part(answer: str) -> str:
+    """What stands after ####, with which GSM8K and its like set off the right answer; else all of it."""
+    before, mark, after = answer.rpartition("####")
+    return (after.strip().partition("\n")[0] if mark else before or after).strip()
+
+
+def passages(value: Any) -> Iterator[str]:
+    """The texts of a context: a text, a list of them, or objects with a title and a text, as retrieval writes them."""
+    if listed := as_list(value):
+        for one in listed:
+            yield from passages(one)
+    elif row := as_object(value):
+        texts = first_filled(row, ABOUT)
+        if titles := as_list(row.get("title")):  # HotpotQA: titles, and sentences of each
+            for title, sentences in zip(titles, as_list(texts) or (), strict=False):
+                yield "\n".join((str(title), "".join(passages(sentences))))
+        else:
+            yield "\n".join(filter(None, (as_text(row.get("title")), *passages(texts))))
+    elif isinstance(value, str):
+        yield value

@@ -1,0 +1,10 @@
+from .display import live as live
+from .display import screen as screen
+from .publish import compare as compare
+from .publish import publish as publish
+from .publish import read_page as read_page
+from .publish import run as run
+from .publish import write_page as write_page
+from .run_page import Page as Page
+from .run_page import report as report
+from .tables import table as table

@@ -1,0 +1,9 @@
+from .branch import add_adapter as add_adapter
+from .branch import train as train
+from .evaluation import evaluate as evaluate
+from .job import Job as Job
+from .loss import batch_loss as batch_loss
+from .student import fold as fold
+from .student import load_model as load_model
+from .trainer import BranchTrainer as BranchTrainer
+from .trainer import rate_share as rate_share
