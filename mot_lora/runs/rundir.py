@@ -16,11 +16,11 @@ import yaml
 from mot_lora.config import Config
 from mot_lora.durable import DamagedError, beside, check_files, read_record, write_text
 from mot_lora.errors import UserError, writing
-from mot_lora.runs.inputs import by_content, found, gone, places, resolved
 from mot_lora.reader import NOT_YAML, parse_config
+from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, FinalRecord, Record, RoundRecord, SealRecord
+from mot_lora.runs.inputs import by_content, found, gone, places, resolved
 from mot_lora.training.job import Job
 from mot_lora.training.savepoint import SEAL
-from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, FinalRecord, Record, RoundRecord, SealRecord
 
 R = TypeVar("R", bound=Record)
 
@@ -298,8 +298,6 @@ class RunDir:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
-
-
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -10,8 +10,8 @@ import torch
 from conftest import small_update, stored, true_updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_student import requantized
 from test_distillation import MakeConfig, Spied, records
+from test_student import requantized
 
 from mot_lora import export, run
 from mot_lora.config import Config
