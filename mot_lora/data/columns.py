@@ -91,6 +91,8 @@ NUMBERED = re.compile(r"r1_solution_\d+")  # DeepMath's generations
 CORRECT = ("correctness_math_verify", "correctness_llama", "correctness", "is_correct", "correct")
 COMPLETE = ("is_reasoning_complete",)
 MEDIA = re.compile(r"(images?|img|pictures?|audios?|speech|videos?)([ _]?\d+|_(path|url|file|bytes)s?)?")
+PREFERRED = ("chosen",)  # the better answer of a pair
+DESIRED = ("label", "kto_tag")  # whether an answer is a good one: TRL and ms-swift, LlamaFactory
 CALLED = ("tool_calls", "function_call")
 NO_CHAIN = ("on", "off", "yes", "no", "true", "false", "high", "medium", "low")  # how much was to be thought
 NO_ANSWER = ("proof", "notfound", "not found")  # NuminaMath-1.5's words for a problem without one
@@ -267,14 +269,29 @@ class Cells:
         turns = read_turns(cell[1], self.where)
         roles = [t["role"] for t in turns]
         if len(set(roles) - {"system"}) == 1:
-            raise self.error(f"a trace of one role only ({roles[-1]}): it needs a user and an assistant", ORDER)
+            one = f"a trace of one role only ({roles[-1]}): it needs a user and an assistant"
+            raise self.error(one + self.answered_elsewhere(cell, roles), ORDER)
         if roles[-2:] not in (["user", "assistant"], ["tool", "assistant"]):
-            raise self.error(f"messages must end with a user's and then an assistant's, not {roles}", ORDER)
+            two = f"messages must end with a user's and then an assistant's, not {roles}"
+            raise self.error(two + self.answered_elsewhere(cell, roles), ORDER)
         if "tool_calls" in turns[-1]:
             raise self.error("the last message calls a tool, but a trace ends in words", CALLING)
         if is_untrained(cell[1]):
             raise self.error("says not to train on its last message", "not to be trained on")
         return (*self.after_system(self.with_choices(turns[:-1], choices)), turns[-1])
+
+    def answered_elsewhere(self, cell: Cell, roles: Sequence[str]) -> str:
+        """What to say where messages are but the question, and another column may hold the answer to them."""
+        others = [n for n in (*PREFERRED, *RESPONSE) if n in self.filled]
+        if roles[-1] != "user" or not others or "question" in self.columns:
+            return ""
+        return f"; if `{others[0]}` answers them, say columns: {{question: {cell[0]}, answer: {others[0]}}}"
+
+    def is_undesired(self) -> bool:
+        """Whether the row says that its answer is one to unlearn, as the rows of KTO do."""
+        if not self.filled.keys() & {*MESSAGES, "completion", "kto_tag"}:
+            return False  # a label of other rows may be a right answer
+        return any(self.filled.get(n) is False for n in DESIRED)
 
     def completion(self, cell: Cell) -> str:
         """The teacher's words: a text, or the message of one."""

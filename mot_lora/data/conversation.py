@@ -46,8 +46,10 @@ CALL = ("tool_calls", "function_call")
 ALSO = ("name", "tool_call_id")
 # one entry for both: XTuner, MOSS, Belle
 ASKED, SAID = ("input", "human", "user", "question", "prompt"), ("output", "assistant", "gpt", "answer", "response")
-UNTRAINED = (("weight", 0), ("train", False), ("training", False), ("trainable", False), ("loss", False))
+# false and 0 are equal
+UNTRAINED = ("weight", "loss_weight", "loss_scale", "train", "training", "trainable", "loss")
 TEXT_PARTS = ("text", "input_text", "output_text")
+CALL_PARTS = ("tool_use", "tool_call", "function_call", "functionCall")
 CHAIN_PARTS = ("thinking", "reasoning", "reasoning_content", "thought", "summary_text", "redacted_thinking")
 # what a part without a `type` is, by its keys
 TYPED = ("image", "image_url", "audio", "video", "file", "inlineData", "fileData", "functionCall", "functionResponse")
@@ -102,7 +104,7 @@ def _of_pair(value: Any) -> list[Any]:
 def is_untrained(value: Any) -> bool:
     """Whether the last of these messages is one that its row says not to train on, as axolotl and OpenAI have it."""
     last = as_object((as_list(value) or [None])[-1]) or {}
-    return any(last.get(key) == off for key, off in UNTRAINED if last.get(key) is not None)
+    return any(last.get(key) == 0 for key in UNTRAINED)
 
 
 def is_conversation(value: Any) -> bool:
@@ -175,8 +177,9 @@ class Reader:
             raise self.error(f"content of message {self.number} holds neither text nor parts", "without text")
         filled = {k: v for k, v in found.items() if not is_empty(v)}
         kind = str(filled.get("type", next((k for k in TYPED if k in filled), "text")))
-        if kind in ("tool_use", "functionCall"):
-            return [("call", self.call(filled.get("functionCall", filled)))]
+        if kind in CALL_PARTS:
+            called = first_filled(filled, ("functionCall", "value")) or filled
+            return [("call", self.call(c)) for c in as_list(called) or [called]]
         if kind in ("tool_result", "functionResponse"):
             return [("result", self.result(as_object(filled.get("functionResponse")) or filled))]
         if kind.split(".")[0] in CHAIN_PARTS:

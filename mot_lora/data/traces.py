@@ -151,15 +151,17 @@ def read_traces(
 ) -> list[tuple[str, Trace | Example | str | RowError]]:
     """A row's traces, one for each generation that it lists, and where each stands; or why one is not to be used.
 
-    A reason is a text where the row itself says that a generation is wrong or never ends, as open-r1's do.
+    A reason is a text where the row itself says that a generation is wrong or never ends, as open-r1's and KTO's do.
 
     >>> row = {"problem": "1 + 1?", "generations": ["2", "3"], "correctness_math_verify": [True, False]}
     >>> [found if isinstance(found, str) else found.completion for _, found in read_traces(row, "row 1")]
     ['2', 'marked as wrong']
     """
     columns = columns or {}
+    cells = Cells(row, where, columns)
+    undesired = WRONG if cells.is_undesired() else ""
     try:
-        several = Cells(row, where, columns).generations()
+        several = cells.generations()
     except RowError as e:
         return [(where, e)]
     rows = [(where, row)]
@@ -168,7 +170,7 @@ def read_traces(
     found: list[tuple[str, Trace | Example | str | RowError]] = []
     for place, one in rows:
         try:
-            found.append((place, (_verdict(one) if several else "") or read_trace(one, place, columns)))
+            found.append((place, (_verdict(one) if several else undesired) or read_trace(one, place, columns)))
         except RowError as e:
             found.append((place, e))
     return found
