@@ -1,8 +1,11 @@
-"""What a run is asked to do: frozen settings, and the one reader of YAML."""
+"""The settings of a run, in the order of its YAML: each with its default, its bounds and what it does.
+
+`settings.py` makes the template of `mot-lora init`, the reference and the help from what is said here.
+"""
 
 import re
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -16,51 +19,39 @@ from pydantic import (
     model_validator,
 )
 
-LONG = 2048  # tokens; each branch is asked for shorter answers alone, unless that is said
+from mot_lora.patterns import PerModule, compiled
+
+LONG = 2048  # tokens; where answers may be longer, branches are not asked unless `eval.branches` says so
 MERGE_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "della", "sce")
 
 
 class Settings(BaseModel):
-    """The base of every group of settings: frozen, and an unknown key is an error."""
+    """A group of settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @classmethod
+    def inner(cls, name: str) -> type["Settings"] | None:
+        """The kind of settings that a field holds: one, one or none, or a list of them. None for a single setting.
 
-PerModule = float | dict[str, float]
-"""A number, or numbers by module pattern: a regular expression that ends a module's name (`q_proj`, `layers.3.mlp.*`),
-as in PEFT's rank_pattern; the first that matches counts."""
-
-
-def first_match(patterns: Iterable[str], module: str) -> str | None:
-    """The first pattern that a module's name ends with, at a dot or whole; None when none does.
-
-    >>> first_match(["k_proj", "mlp.*"], "model.layers.0.mlp.up_proj")
-    'mlp.*'
-    """
-    return next((p for p in patterns if compiled(p).fullmatch(module)), None)
+        >>> Config.inner("teachers").__name__, EvalConfig.inner("final").__name__, Config.inner("seed")
+        ('TeacherConfig', 'FinalConfig', None)
+        """
+        annotation = cls.model_fields[name].annotation
+        kinds = [k for k in (annotation, *get_args(annotation)) if isinstance(k, type) and issubclass(k, Settings)]
+        return kinds[0] if kinds else None
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A module pattern as a regular expression. Errors: ValueError for what is none."""
-    try:
-        re.compile(pattern)  # `a)(b` is none, but would be one below
-        return re.compile(rf"(?:.*\.)?(?:{pattern})")
-    except (re.error, OverflowError, RecursionError) as e:
-        raise ValueError(f"`{pattern}` is not a pattern of module names ({e})") from e
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(
+            f"`{name}` also names a folder: use letters, digits, - and _, and begin with a letter or a digit"
+        )
+    return name
 
 
-def for_module(setting: PerModule, module: str, default: float = 1.0) -> float:
-    """What a setting is for one module; `default` where no pattern matches.
-
-    >>> for_module({"q_proj": 0.5}, "model.layers.0.self_attn.q_proj")
-    0.5
-    """
-    if not isinstance(setting, dict):
-        return setting
-    key = first_match(setting, module)
-    return default if key is None else setting[key]
-
-
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+Choice = Literal["auto", "on", "off"]
 Role = Literal[
     "messages",
     "question",
@@ -76,40 +67,56 @@ Role = Literal[
 ]
 
 
+# --- teachers ----------------------------------------------------------------------------------------
+
+
 class DataConfig(Settings):
-    """How a source of rows is read: `split` and `subset` of a dataset, and what its columns mean, where their names do
-    not say it: `columns: {reasoning: my_column}`, with dots what their cells hold: `{gold: reward_model.ground_truth}`.
+    """How a source of rows is read."""
 
-    A row that cannot be used is left out and counted, or it stops the work.
-    """
-
-    split: str | None = None
-    subset: str | None = None
-    columns: dict[Role, str] = {}
-    on_bad_row: Literal["skip", "stop"] = "skip"
-
-
-def _folder_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ValueError(f"`{name}` also names a folder: use letters, digits, - and _, beginning with no sign")
-    return name
+    split: str | None = Field(default=None, examples=["train"], description="which split of a dataset")
+    subset: str | None = Field(default=None, examples=["main"], description="which subset (configuration) of a dataset")
+    columns: dict[Role, str] = Field(
+        default={},
+        examples=[{"question": "problem", "reasoning": "thinking", "gold": "reward_model.ground_truth"}],
+        description="what columns mean where their names do not say it; dots reach into a cell",
+    )
+    on_bad_row: Literal["skip", "stop"] = Field(
+        default="skip",
+        examples=["stop"],
+        description="a row that cannot be used is left out and counted, or ends the run",
+    )
 
 
 class TeacherConfig(DataConfig):
-    """One teacher: `name` also names its folder; `data` is a file, a folder or a Hub dataset, or several that are
-    joined; or it is the `union` of other teachers, each chosen as its own settings say.
+    """Teachers, each with a LoRA branch of its own in every round."""
 
-    `samples` traces are drawn by `seed`. `verified_only` leaves out those whose final answer is not the row's.
-    `learning_rate` is this teacher's own, for a branch that would go astray with the others'.
-    """
-
-    name: Annotated[str, AfterValidator(_folder_name)]
-    data: str | tuple[str, ...] = ()
-    union: tuple["TeacherConfig", ...] = ()
-    samples: int | None = Field(default=None, ge=1)
-    seed: int | None = None
-    verified_only: bool = False
-    learning_rate: float | None = Field(default=None, gt=0)
+    name: FolderName = Field(
+        examples=["first"], description="letters, digits, - and _; also the name of the teacher's folder"
+    )
+    data: str | tuple[str, ...] = Field(
+        default=(),
+        examples=["traces/first.jsonl"],
+        description=".jsonl, .json, .csv, .tsv (each also .gz), .parquet, a saved dataset's folder, or a Hub name; "
+        "several are joined",
+    )
+    samples: int | None = Field(
+        default=None, ge=1, examples=[1000], description="draw this many traces; all unless given"
+    )
+    seed: int | None = Field(default=None, examples=[0], description="seed of that draw; the run's unless given")
+    verified_only: bool = Field(
+        default=False,
+        examples=[True],
+        description="leave out traces whose final answer is not the row's right one (gold)",
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, examples=[5e-5], description="in place of branch.learning_rate, for this teacher alone"
+    )
+    union: tuple["TeacherConfig", ...] = Field(
+        default=(),
+        examples=[[{"name": "third", "data": "traces/third.jsonl"}, {"name": "fourth", "data": "traces/fourth.jsonl"}]],
+        description="in place of data: the traces of several teachers, each read as its own settings say, in one "
+        "branch",
+    )
 
     @field_validator("data")
     @classmethod
@@ -134,44 +141,91 @@ class TeacherConfig(DataConfig):
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """The places of its rows."""
         if self.union:
             return tuple(source for member in self.members for source in member.sources)
         return (self.data,) if isinstance(self.data, str) else self.data
 
 
+# --- branch ------------------------------------------------------------------------------------------
+
+
 class BranchConfig(Settings):
-    """How one teacher's adapter is trained in one round. A step sees batch_size * gradient_accumulation traces.
+    """How one teacher's adapter is trained in one round."""
 
-    They are computed in batches of batch_size, or with `batch_tokens` of so many tokens. `offload` keeps the inputs of
-    checkpointed layers in host memory; `auto` does it on a GPU where they would take more than a tenth of its memory.
-    """
-
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=4, ge=1)
-    gradient_accumulation: int = Field(default=4, ge=1)
+    steps: int | None = Field(default=50, ge=1, description="optimizer steps")
+    epochs: float | None = Field(
+        default=None, gt=0, examples=[1.0], description="in place of steps: passes over the teacher's traces"
+    )
+    batch_size: int = Field(default=4, ge=1, examples=[1], description="traces computed at once; memory grows with it")
+    gradient_accumulation: int = Field(
+        default=4, ge=1, examples=[16], description="a step sees batch_size * gradient_accumulation traces"
+    )
     batch_tokens: int | None = Field(
-        default=None, ge=1, description="tokens computed at once, padding included, in place of batch_size traces"
+        default=None,
+        ge=1,
+        examples=[16384],
+        description="tokens computed at once, padding included, in place of batch_size traces: short ones go together",
     )
-    learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the branch's steps")
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_length: int = Field(default=4096, ge=2, description="tokens; a longer trace is left out, never cut")
+    learning_rate: float = Field(default=1e-4, gt=0, description="its peak, after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="the learning rate after the warm-up"
+    )
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the steps; the last of them has the full learning rate"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="larger gradients are scaled down to this norm")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    max_length: int = Field(default=4096, ge=2, description="tokens; a longer trace is left out and counted, never cut")
     loss_chunk: int = Field(default=1024, ge=1, description="tokens whose logits are held at once")
-    activation_checkpointing: bool = True
-    offload: Literal["auto", "on", "off"] = "auto"
-    liger: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Liger's fused kernels; auto: on a GPU where the package is installed"
+    activation_checkpointing: bool = Field(default=True, description="less memory, a third more time")
+    offload: Choice = Field(
+        default="auto",
+        description="keep the inputs of checkpointed layers in host memory; auto is on a GPU where they would take "
+        "more than a tenth of its memory",
     )
-    save_steps: int | None = Field(default=None, ge=1, description="steps between two states to go on from")
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    liger: Choice = Field(
+        default="auto", description="Liger's fused kernels; auto is on a GPU where liger-kernel is installed"
+    )
+    save_steps: int | None = Field(
+        default=None, ge=1, examples=[25], description="save a state to go on from every so many steps"
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        default=(),
+        examples=["tensorboard"],
+        description="log every step to tensorboard, wandb or trackio; one, or a list",
+    )
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> object:
         return (value,) if isinstance(value, str) else cast("object", value)
+
+    @field_validator("offload", "liger", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else cast("object", value)  # as YAML has it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_steps(cls, value: Any) -> object:
+        if isinstance(value, dict) and "steps" not in value and cast("dict[str, Any]", value).get("epochs") is not None:
+            return {"steps": None, **cast("dict[str, Any]", value)}
+        return cast("object", value)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "BranchConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_to_offload(self) -> "BranchConfig":
+        if self.offload == "on" and not self.activation_checkpointing:
+            raise ValueError(
+                "`offload: on` moves the inputs of checkpointed layers: set `activation_checkpointing: true`"
+            )
+        return self
 
     @property
     def traces(self) -> int:
@@ -191,46 +245,31 @@ class BranchConfig(Settings):
             return self.batch_size, longest
         return 1, max(longest, min(self.batch_tokens, self.traces * longest))
 
-    @field_validator("offload", "liger", mode="before")
-    @classmethod
-    def _on_or_off(cls, value: Any) -> object:
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else cast("object", value)  # as YAML has it
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fifty_steps(cls, value: Any) -> object:
-        if isinstance(value, dict) and "epochs" not in value:
-            return {"steps": 50, **cast("dict[str, Any]", value)}
-        return cast("object", value)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "BranchConfig":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`")
-        return self
-
-    @model_validator(mode="after")
-    def _has_what_to_offload(self) -> "BranchConfig":
-        if self.offload == "on" and not self.activation_checkpointing:
-            raise ValueError("`offload: on` moves what checkpointed layers keep: set `activation_checkpointing: true`")
-        return self
+# --- lora --------------------------------------------------------------------------------------------
 
 
 class LoraConfig(Settings):
-    """The adapter of every branch: scaling is alpha / r, or alpha / sqrt(r) with rslora."""
+    """The adapter of every branch."""
 
-    r: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    rslora: bool = False
-    target_modules: str | tuple[str, ...] = "all-linear"
+    r: int = Field(default=16, ge=1, description="rank")
+    alpha: float = Field(default=32, gt=0, description="the update is alpha / r * B @ A")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of the adapter's inputs, while it trains")
+    rslora: bool = Field(default=False, description="alpha / sqrt(r) in place of alpha / r")
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear", description="the layers that are adapted: all linear ones, a pattern, or [q_proj, v_proj]"
+    )
+
+
+# --- merge -------------------------------------------------------------------------------------------
 
 
 def _check_numbers(setting: PerModule, holds: Callable[[float], bool], must: str) -> None:
+    """Errors: ValueError for a pattern that is none; for a number that does not hold, as `must` says of {}."""
     for pattern, number in (setting if isinstance(setting, dict) else {".*": setting}).items():
         compiled(pattern)
         if not holds(number):
-            raise ValueError(f"{must}, not {number}")
+            raise ValueError(must.format(number))
 
 
 def _place(method: Any) -> object:
@@ -246,7 +285,7 @@ def _known_method(method: str) -> str:
 
 
 def _not_negative(weight: PerModule) -> PerModule:
-    _check_numbers(weight, lambda x: x >= 0, "weights must not be negative")
+    _check_numbers(weight, lambda x: x >= 0, "weights must not be negative, but one is {}")
     return weight
 
 
@@ -260,7 +299,7 @@ SignedWeight = Annotated[PerModule, AfterValidator(_with_patterns)]
 
 
 def _name_or_numbers(weights: Any) -> str:
-    """Which of the two forms of weights is meant, so that a mistake is told of that one."""
+    """Which of the two forms of weights is meant, so that an error speaks of that one."""
     return "[name]" if isinstance(weights, str) else "[numbers]"
 
 
@@ -272,23 +311,28 @@ Weights = Annotated[
 
 
 class MethodConfig(Settings):
-    """How updates become one, but for their weights.
+    """How updates become one, but for their weights."""
 
-    `method` is a name (linear, ties, dare_linear, dare_ties, della, sce), or a function of your own, from YAML as
-    `module:function`. density and scale may differ by module. `space` is where they meet: the weights' own unless
-    given.
-    """
-
-    method: Annotated[str, BeforeValidator(_place), AfterValidator(_known_method)] = "linear"
-    density: PerModule | None = None
-    scale: PerModule = 1.0
-    space: Literal["core", "knots"] | None = None
+    method: Annotated[str, BeforeValidator(_place), AfterValidator(_known_method)] = Field(
+        default="linear",
+        description="the exact mean; or "
+        f"{', '.join(MERGE_METHODS[1:])}; or module:function, a Python function of your own",
+    )
+    density: PerModule | None = Field(
+        default=None, examples=[0.5], description="share of entries kept; every method but linear needs one"
+    )
+    scale: PerModule = Field(default=1.0, description="factor of the merged update")
+    space: Literal["core", "knots"] | None = Field(
+        default=None,
+        examples=["core"],
+        description="merge in the adapters' common space; in that of the weights unless given",
+    )
 
     @field_validator("density")
     @classmethod
     def _density_in_range(cls, density: PerModule | None) -> PerModule | None:
         if density is not None:
-            _check_numbers(density, lambda x: 0 < x <= 1, "density must be in (0, 1]")
+            _check_numbers(density, lambda x: 0 < x <= 1, "density must be in (0, 1], not {}")
         return density
 
     @field_validator("scale")
@@ -306,29 +350,30 @@ class MethodConfig(Settings):
 
 
 class MergeConfig(MethodConfig):
-    """The merge spec of `mot-lora merge --spec`: one weight an adapter, which may differ by module.
+    """The merge spec of `mot-lora merge --spec`: one weight for each adapter, which may differ by module.
 
-    With a negative weight, linear and dare_linear are sums and no means; a negative scale turns the merge round.
+    With a negative weight, linear and dare_linear are sums and no means; a negative scale subtracts the merge.
     """
 
     weights: tuple[SignedWeight, ...] | None = None
 
 
 class RoundMergeConfig(MethodConfig):
-    """How a run's branches are merged in every round.
-
-    `weights` are numbers, one a teacher, or how they are found: `uniform`; by `eval.validation`, `validation` (each
-    branch's accuracy) or `greedy` (a branch joins only if it does not hurt). `momentum` is Nesterov's, over the rounds'
-    updates.
+    """How the branches of a round become one update. Numbers may differ by module: `{mlp.*: 0.3, .*: 0.5}`, the first
+    pattern that matches counts.
     """
 
-    weights: Weights = "uniform"
-    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weights: Weights = Field(
+        default="uniform",
+        description="uniform is the plain mean; [1, 2] has a number for each teacher; validation weighs each branch by "
+        "its accuracy on eval.validation; greedy lets a branch join only if the merge does not get worse there",
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="Nesterov's, over the updates of the rounds")
 
     @field_validator("scale")
     @classmethod
     def _scale_in_range(cls, scale: PerModule) -> PerModule:
-        _check_numbers(scale, lambda x: x > 0, "scale must be above 0")
+        _check_numbers(scale, lambda x: x > 0, "scale must be above 0, not {}")
         return scale
 
     @field_validator("weights", mode="before")
@@ -347,45 +392,69 @@ class RoundMergeConfig(MethodConfig):
         return self.weights in ("validation", "greedy")
 
 
-class FinalConfig(Settings):
-    """What is asked once when the rounds are done: `eval.data`, of the best or the last round's student, with more
-    samples, say. What is not given is as after each round.
-    """
+# --- eval --------------------------------------------------------------------------------------------
 
-    round: Literal["best", "last"] = "best"
-    samples: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    max_new_tokens: int | None = Field(default=None, ge=1)
-    limit: int | None = Field(default=None, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
+
+class FinalConfig(Settings):
+    """Ask the student once more when all rounds are done. What is not given is as after each round."""
+
+    round: Literal["best", "last"] = Field(default="best", description="whose student is asked")
+    samples: int | None = Field(default=None, ge=1, examples=[16], description="answers to each question")
+    temperature: float | None = Field(default=None, ge=0, examples=[0.6], description="of sampling; 0 is greedy")
+    top_p: float | None = Field(default=None, gt=0, le=1, examples=[0.95], description="of sampling")
+    max_new_tokens: int | None = Field(default=None, ge=1, examples=[8192], description="tokens of an answer at most")
+    limit: int | None = Field(default=None, ge=1, examples=[500], description="ask only the first questions")
+    batch_size: int | None = Field(default=None, ge=1, examples=[8], description="questions at once")
 
 
 class EvalConfig(DataConfig):
-    """What is measured after each round: answers to `data`, and the loss on traces held out of training.
+    """What is measured after each round, and decides which round is best."""
 
-    `validation` has other questions, by which weights are found; `forgetting` names other sets of questions, on which a
-    student must not get worse; `traces` are teachers whose held-out traces the loss is on, the run's own unless given.
-    """
-
-    data: str | None = None
-    validation: str | None = None
-    forgetting: dict[Annotated[str, AfterValidator(_folder_name)], str] = {}
-    traces: tuple[TeacherConfig, ...] = ()
-    limit: int | None = Field(default=None, ge=1)
-    branches: bool | None = Field(
-        default=None, description="also measure each teacher's own branch; null: where no answer is longer than 2,048"
+    data: str | None = Field(
+        default=None,
+        examples=["heldout.jsonl"],
+        description="questions with right answers; without them the loss on held-out traces decides",
     )
-    batch_size: int = Field(default=16, ge=1, description="questions at once; each may have several samples")
-    max_new_tokens: int = Field(default=2048, ge=1)
-    samples: int = Field(default=1, ge=1, description="answers a question; the score is avg@n")
-    temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    holdout: float = Field(default=0.1, ge=0, lt=1, description="share of the questions whose traces no branch sees")
+    validation: str | None = Field(
+        default=None, examples=["dev.jsonl"], description="other questions, by which merge.weights are found"
+    )
+    forgetting: dict[FolderName, str] = Field(
+        default={},
+        examples=[{"sums": "reasoning_gym:chain_sum", "own": "short.jsonl"}],
+        description="sets of questions on which the student must not get worse",
+    )
+    traces: tuple[TeacherConfig, ...] = Field(
+        default=(),
+        examples=[[{"name": "other", "data": "traces/other.jsonl"}]],
+        description="teachers on whose held-out traces the loss is measured; the run's own unless given",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, examples=[200], description="ask only the first questions of each set"
+    )
+    branches: bool | None = Field(
+        default=None,
+        examples=[True],
+        description=f"also measure each teacher's branch; unless given, where answers have at most {LONG:,} tokens",
+    )
+    batch_size: int = Field(
+        default=16, ge=1, description="questions at once, each with all its samples; halved where memory runs out"
+    )
+    max_new_tokens: int = Field(default=2048, ge=1, description="tokens of an answer at most")
+    samples: int = Field(
+        default=1,
+        ge=1,
+        examples=[4],
+        description="answers to each question; the score is avg@n. More than 1 needs a temperature above 0",
+    )
+    temperature: float = Field(default=0.0, ge=0, examples=[0.6], description="of sampling; 0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1, examples=[0.95], description="of sampling")
+    holdout: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the questions whose traces are only measured, never trained on"
+    )
     overlap: int = Field(
         default=13,
         ge=0,
-        description="a trace whose question shares so many words in a row with one of `data` is left out; 0 compares "
+        description="leave out traces whose question shares this many words in a row with one of eval.data; 0 compares "
         "whole questions",
     )
     final: FinalConfig | None = None
@@ -425,20 +494,35 @@ class EvalConfig(DataConfig):
         return self.model_copy(update=said)
 
 
+# --- stop and compare --------------------------------------------------------------------------------
+
+
 class StopConfig(Settings):
-    """Stop when `metric` has not improved for `patience` rounds; without patience, all rounds run.
+    """When a run ends early, and which of its rounds is the best."""
 
-    `auto` is accuracy where `eval.data` is given, else the held-out loss.
-    """
-
-    metric: Literal["auto", "accuracy", "loss"] = "auto"
-    patience: int | None = Field(default=None, ge=1)
+    metric: Literal["auto", "accuracy", "loss"] = Field(
+        default="auto",
+        description="by which rounds are compared; auto is accuracy where eval.data is given, else the held-out loss",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        examples=[2],
+        description="stop after so many rounds without improvement; never unless given",
+    )
 
 
 class CompareConfig(Settings):
-    """What `mot-lora compare` adds to a run: the noisy teacher of its robustness arms."""
+    """What `mot-lora compare` adds to a run."""
 
-    noisy: TeacherConfig | None = None
+    noisy: TeacherConfig | None = Field(
+        default=None,
+        examples=[{"name": "noisy", "data": "traces/noisy.jsonl"}],
+        description="the noisy teacher of the robustness arms",
+    )
+
+
+# --- the run -----------------------------------------------------------------------------------------
 
 
 class Config(Settings):
@@ -448,20 +532,31 @@ class Config(Settings):
     5
     """
 
-    student: str
+    student: str = Field(
+        examples=["Qwen/Qwen3-0.6B"],
+        description="a Hub name or a folder, stored in 16 or 32 bits; it is quantized in memory",
+    )
     teachers: tuple[TeacherConfig, ...]
-    rounds: int = Field(default=5, ge=1)
+    rounds: int = Field(default=5, ge=1, description="train every branch, merge, fold, measure; and again")
     branch: BranchConfig = BranchConfig()
     lora: LoraConfig = LoraConfig()
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    quantization: Literal["nf4", "int8", "none"] = Field(
+        default="nf4", description="how the student is kept in memory while it trains and answers"
+    )
     merge: RoundMergeConfig = RoundMergeConfig()
     eval: EvalConfig = EvalConfig()
     stop: StopConfig = StopConfig()
     compare: CompareConfig = CompareConfig()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = False
-    seed: int = 0
-    output: str = "runs/run"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where it runs; auto is a GPU where there is one"
+    )
+    trust_remote_code: bool = Field(default=False, description="run the code that a student on the Hub brings along")
+    seed: int = Field(default=0, description="of everything that is drawn at random")
+    output: str = Field(
+        default="runs/run",
+        examples=["runs/mine"],
+        description="the run's folder, seen from where the command is called",
+    )
 
     @field_validator("output")
     @classmethod
@@ -491,9 +586,17 @@ class Config(Settings):
             raise ValueError(
                 f"merge.weights `{self.merge.weights}` needs `eval.validation`: other questions than eval.data"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _noisy_teacher_is_another(self) -> "Config":
         noisy = self.compare.noisy
         if noisy and noisy.name.casefold() in (t.name.casefold() for t in self.teachers):
             raise ValueError(f"compare.noisy: `{noisy.name}` is also a teacher; give it a name of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> "Config":
         if self.metric == "accuracy" and self.eval.data is None:
             raise ValueError("stop.metric `accuracy` needs `eval.data`")
         if self.metric == "loss" and self.eval.holdout == 0:

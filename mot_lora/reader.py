@@ -11,20 +11,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from mot_lora.config import (
-    BranchConfig,
-    CompareConfig,
-    Config,
-    EvalConfig,
-    LoraConfig,
-    MergeConfig,
-    PerModule,
-    RoundMergeConfig,
-    Settings,
-    StopConfig,
-    TeacherConfig,
-)
+from mot_lora.config import Config, MergeConfig, Settings
 from mot_lora.errors import UserError
+from mot_lora.patterns import PerModule
 
 DEMO = "demo:"  # student: demo:student is the student that the package carries
 GYM = "reasoning_gym:"  # data: reasoning_gym:chain_sum are generated questions
@@ -177,19 +166,10 @@ def demo_path(name: str = "") -> Path:
 
 
 def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
-    groups: dict[str, type[Settings]] = {
-        "teachers": TeacherConfig,
-        "branch": BranchConfig,
-        "lora": LoraConfig,
-        "merge": RoundMergeConfig,
-        "eval": EvalConfig,
-        "stop": StopConfig,
-        "compare": CompareConfig,
-    }
-    group = groups.get(str(loc[0]), kind) if len(loc) > 1 else kind
-    if {"traces", "noisy"} & set(loc[:-1]):  # teachers of another place
-        group = TeacherConfig
-    return list(group.model_fields)
+    """The keys that the group takes in which a key stands."""
+    for name in loc[:-1]:
+        kind = (kind.inner(name) if isinstance(name, str) and name in kind.model_fields else None) or kind
+    return list(kind.model_fields)
 
 
 def at_places(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from mot_lora.config import PerModule
+from mot_lora.patterns import PerModule
 
 ENOUGH = 0.9  # the share of an update below which one is told that it did not survive rounding
 

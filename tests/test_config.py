@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,11 @@ from peft.utils.other import get_pattern_key
 from pydantic import ValidationError
 
 from mot_lora.config import (
-    BranchConfig,
-    CompareConfig,
     Config,
     EvalConfig,
-    LoraConfig,
-    RoundMergeConfig,
-    Settings,
-    StopConfig,
-    TeacherConfig,
-    first_match,
-    for_module,
 )
 from mot_lora.errors import UserError
+from mot_lora.patterns import first_match, for_module
 from mot_lora.reader import demo_path, load_config, load_merge, parse_config
 
 MINIMAL: dict[str, Any] = {"student": "Qwen/Qwen3-0.6B", "teachers": [{"name": "a", "data": "a.jsonl"}]}
@@ -142,6 +133,8 @@ def test_unions_hold_teachers_and_unions(write: Write) -> None:
 def test_epochs_take_the_place_of_steps(write: Write) -> None:
     branch = load_config(write({**MINIMAL, "branch": {"epochs": 1.5}})).branch
     assert (branch.steps, branch.epochs) == (None, 1.5)
+    branch = load_config(write({**MINIMAL, "branch": {"epochs": None}})).branch
+    assert (branch.steps, branch.epochs) == (50, None)
 
 
 def test_a_teacher_says_what_is_read_of_it(write: Write) -> None:
@@ -494,63 +487,6 @@ def test_home_is_known(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert config.eval.data == str(tmp_path / "home" / "test.jsonl")
 
 
-# --- the template of `mot-lora init` -------------------------------------------------------------------
-
-TEMPLATE = (demo_path().parent / "template.yaml").read_text(encoding="utf-8")
-GROUPS: dict[str, type[Settings]] = {
-    "branch": BranchConfig,
-    "lora": LoraConfig,
-    "merge": RoundMergeConfig,
-    "eval": EvalConfig,
-    "stop": StopConfig,
-    "compare": CompareConfig,
-}
-
-
-def uncommented(text: str) -> dict[str, Any]:
-    """The template's settings, with those that stand in comments."""
-    text = text.replace("{name: ..., data: ...}", "{name: x, data: x.jsonl}").replace(", ...]", "]")
-    return yaml.safe_load(re.sub(r"^( *)# (?=[a-z_]+: )", r"\1", text, flags=re.MULTILINE))
-
-
-def test_the_template_is_a_config(write: Write) -> None:
-    config = load_config(write(TEMPLATE))
-    assert [t.name for t in config.teachers] == ["first", "second"]
-    assert config.student == "Qwen/Qwen3-0.6B"
-    assert config.merge == RoundMergeConfig()
-    assert config.metric == "loss"
-
-
-def test_every_setting_of_the_template_is_one_also_where_it_is_a_comment(write: Write) -> None:
-    tree = uncommented(TEMPLATE)
-    assert tree["merge"].pop("density") == 0.5  # which linear does not take
-    union = tree["teachers"][0].pop("union")  # in the place of data
-    assert load_config(write({**tree, "teachers": [{"name": "all", "union": union}]})).teachers[0].members
-    config = load_config(write(tree))
-    assert config.teachers[0].samples == 1000
-    assert config.teachers[0].columns["gold"] == "expected_answer"
-    tree["merge"] = {**tree["merge"], "method": "ties", "density": 0.5}
-    assert load_config(write(tree)).merge.density == 0.5
-
-
-def test_the_template_says_every_setting_that_there_is() -> None:
-    tree = uncommented(TEMPLATE)
-    assert set(tree) == set(Config.model_fields)
-    assert set(tree["teachers"][0]) == set(TeacherConfig.model_fields)
-    for name, group in GROUPS.items():
-        here = set(tree[name]) | ({"epochs"} if name == "branch" else set())  # in the place of steps
-        assert here == set(group.model_fields), name
-
-
-def test_what_the_template_says_in_comments_is_the_default() -> None:
-    spoken, plain = uncommented(TEMPLATE), yaml.safe_load(TEMPLATE)
-    apart = {"report_to", "density", "space", "data", "limit", "split", "subset", "columns", "samples"}
-    apart |= {"validation", "forgetting", "traces", "noisy", "final", "batch_tokens"}
-    for name, group in GROUPS.items():
-        for key in set(spoken[name]) - set(plain.get(name) or {}) - apart - {"temperature", "top_p"}:
-            assert spoken[name][key] == group.model_fields[key].default, (name, key)
-
-
 # --- overrides ---------------------------------------------------------------------------------------
 
 
@@ -636,6 +572,7 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"teachers": [{"name": "a", "date": "x"}]}, ["teachers.0.date", "did you mean `data`?"]),
         ({"teachers": [{"name": "a", "data": "x", "dat": "x"}]}, ["`teachers.0.dat`", "did you mean `data`?"]),
         ({"stop": {"zzzzzz": 1}}, ["`stop.zzzzzz`", "metric, patience"]),
+        ({"eval": {"data": "x", "final": {"ruond": "last"}}}, ["`eval.final.ruond`", "did you mean `round`?"]),
         ({"branch": {"steps": 3, "epochs": 1}}, ["`branch`", "either `steps` or `epochs`"]),
         ({"branch": {"steps": None}}, ["`branch`", "either `steps` or `epochs`"]),
         ({"branch": {"steps": 0}}, ["`branch.steps`", "greater than or equal to 1"]),
@@ -679,7 +616,7 @@ def test_wrong_overrides_are_named(write: Write, override: str, named: list[str]
         ({"merge": {"weights": [{"a": "x"}]}}, ["`merge.weights.0.a`", "number"]),
         ({"merge": {"weights": [{"a": 1}, 1]}}, ["merge.weights", "2 numbers for 1 teachers"]),
         ({"merge": {"weights": [1, 2]}}, ["merge.weights", "2 numbers for 1 teachers"]),
-        ({"merge": {"weights": [-1]}}, ["merge.weights", "negative"]),
+        ({"merge": {"weights": [-1]}}, ["merge.weights", "must not be negative, but one is -1"]),
         ({"merge": {"weights": [0]}}, ["merge.weights", "all 0"]),
         ({"merge": {"weights": [float("nan")]}}, ["merge.weights", "finite"]),
         ({"merge": {"weights": [float("inf")]}}, ["merge.weights", "finite"]),

@@ -16,11 +16,11 @@ from mot_lora.adapters.save import pack
 from mot_lora.adapters.tensors import Source
 from mot_lora.adapters.wrappers import WRAPPERS, module_name, unwrapped_config
 from mot_lora.checkpoints.weights import read_weight
-from mot_lora.config import PerModule
 from mot_lora.errors import UserError
 from mot_lora.merging.lowrank import Adapter
 from mot_lora.merging.merged import combine
 from mot_lora.merging.methods import Method
+from mot_lora.patterns import PerModule
 from mot_lora.records import SaveRecord
 
 

@@ -14,9 +14,9 @@ from mot_lora.adapters.wrappers import unwrapped_config
 from mot_lora.checkpoints.checkpoint import Checkpoint, locate
 from mot_lora.checkpoints.layout import TEXT, Layout
 from mot_lora.checkpoints.tensorfile import TensorFile
-from mot_lora.config import compiled
 from mot_lora.errors import UserError
 from mot_lora.merging.lowrank import Adapter
+from mot_lora.patterns import compiled
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 DEEPER = 4  # adapters of a folder that are named, those of the last steps first

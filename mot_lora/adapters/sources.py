@@ -10,11 +10,11 @@ from mot_lora.adapters.load import load_adapter, two_names
 from mot_lora.adapters.tensors import Made
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.layout import Layout
-from mot_lora.config import PerModule
 from mot_lora.errors import UserError, remark
 from mot_lora.merging.lowrank import Adapter, Update
 from mot_lora.merging.merged import Merged, combine
 from mot_lora.merging.methods import Method
+from mot_lora.patterns import PerModule
 
 if TYPE_CHECKING:
     from peft import PeftModel

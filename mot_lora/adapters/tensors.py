@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mot_lora.adapters.wrappers import PREFIX, unwrapped
 from mot_lora.checkpoints.targets import ends, is_target, is_within, refusal
-from mot_lora.config import first_match
 from mot_lora.errors import UserError
 from mot_lora.merging.lowrank import Dense, Factors, Form, Origin, Update, concatenate
+from mot_lora.patterns import first_match
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from mot_lora.cli import adapters as adapter_commands
-from mot_lora.cli.options import Json, print_json
+from mot_lora.cli.options import Json, WithSettings, print_json
 from mot_lora.errors import Remark, UserError
 from mot_lora.interruption import INTERRUPTS, signals_raise
 
@@ -68,21 +68,20 @@ def init(
 
     Example: mot-lora init my.yaml
     """
-    from importlib import resources
-
     from mot_lora.errors import writing
+    from mot_lora.settings import template
 
     if config.exists():
         raise UserError(f"{config}: exists; name another file, nothing is overwritten")
     with writing(config):
-        config.write_text(resources.files("mot_lora").joinpath("template.yaml").read_text("utf-8"), encoding="utf-8")
+        config.write_text(template(), encoding="utf-8")
     if as_json:
         print_json({"config": str(config)})
     else:
         print(f"{config}: name your student and teachers in it, then: mot-lora data {config}")
 
 
-@app.command(rich_help_panel=LOOP)
+@app.command(cls=WithSettings, rich_help_panel=LOOP)
 def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Show what a run would train on: rows used, left out and why, tokens, and a sample with its trained part marked.
 
@@ -135,7 +134,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=LOOP)
+@app.command(cls=WithSettings, rich_help_panel=LOOP)
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -166,7 +165,7 @@ def plan(
         console.print(f"traces of {settings.branch.max_length} tokens are assumed: {unread}", soft_wrap=True)
 
 
-@app.command(rich_help_panel=LOOP)
+@app.command(cls=WithSettings, rich_help_panel=LOOP)
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -397,7 +396,7 @@ def eval_(
         console.print(eval_table(record))
 
 
-@app.command(rich_help_panel=LOOP)
+@app.command(cls=WithSettings, rich_help_panel=LOOP)
 def compare(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mot_lora.config import PerModule, compiled, first_match, for_module
 from mot_lora.errors import UserError
 from mot_lora.merging.align import SPACES
 from mot_lora.merging.lowrank import Adapter, Dense, Factors, Form, Update, concatenate
 from mot_lora.merging.methods import ELECTS, METHODS, NEEDS_DENSITY, Method, check_weights, divisor, seed_for
 from mot_lora.merging.sparsify import check_density
+from mot_lora.patterns import PerModule, compiled, first_match, for_module
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from mot_lora.config import PerModule
+from mot_lora.patterns import PerModule
 
 LEAST = 0.01  # a smaller weight counts as 0
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_lora.adapters.load import load_adapter
 from mot_lora.checkpoints.checkpoint import Checkpoint
-from mot_lora.config import BranchConfig, Config, EvalConfig, PerModule, TeacherConfig
+from mot_lora.config import BranchConfig, Config, EvalConfig, TeacherConfig
 from mot_lora.data.select import Data
 from mot_lora.data.traces import Example, Question
 from mot_lora.durable import DamagedError, hashes, read_record, staged, write_lines, write_record
@@ -22,6 +22,7 @@ from mot_lora.merging.lowrank import Adapter
 from mot_lora.merging.merged import Merged, combine
 from mot_lora.merging.methods import nesterov, seed_for
 from mot_lora.merging.weighting import Weighting, by_accuracy, greedily
+from mot_lora.patterns import PerModule
 from mot_lora.progress import Progress
 from mot_lora.records import (
     Answer,

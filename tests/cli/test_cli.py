@@ -21,6 +21,7 @@ import mot_lora
 from mot_lora.config import Config
 from mot_lora.reader import load_config
 from mot_lora.records import ExportRecord, RunRecord
+from mot_lora.settings import keys, template
 
 MakeConfig = Callable[..., Config]
 COMMAND = str(Path(sys.executable).parent / "mot-lora")
@@ -265,6 +266,7 @@ def test_init_writes_a_config_that_loads_and_never_writes_over_one(call: Any, tm
     status, out, err = call("init", path)
     assert (status, err) == (0, "")
     assert f"mot-lora data {path}" in out
+    assert path.read_text(encoding="utf-8") == template()
     assert load_config(path, ["rounds=3"]).teachers[1].name == "second"
     path.write_text("mine")
     assert f"{path}: exists" in refused(call("init", path))
@@ -351,6 +353,14 @@ def test_help_names_every_argument(call: Any) -> None:
     assert status == 0
     assert all(f" {name} " in out for name in ("run", "export", "merge", "--version"))
     assert call("--version") == (0, f"{metadata.version('mot-lora')}\n", "")
+
+
+@pytest.mark.parametrize("name", ["data", "plan", "run", "compare"])
+def test_help_names_every_setting_where_settings_are_taken(call: Any, name: str) -> None:
+    status, out, _ = call(name, "--help")
+    assert status == 0
+    said = " ".join(out.split())
+    assert all(" ".join(group.split()) in said for group in keys().split("\n\n"))
 
 
 def test_no_arguments_show_the_help(call: Any) -> None:

@@ -51,7 +51,7 @@ def refusal(call: Call, config_file: Path, tmp_path: Path) -> Callable[..., str]
         ("merge={method: ties, density: 1.5}", "`merge.density`: density must be in (0, 1], not 1.5"),
         ("merge={method: ties, density: 0}", "`merge.density`: density must be in (0, 1], not 0"),
         ("merge.weights=[1]", "merge.weights has 1 numbers for 2 teachers"),
-        ("merge.weights=[1, -1]", "`merge.weights.1`: weights must not be negative, not -1"),
+        ("merge.weights=[1, -1]", "`merge.weights.1`: weights must not be negative, but one is -1"),
         ("merge.method=nowhere:mean", "merge method `nowhere:mean` cannot be imported"),
         ("lora.target_modules=[query, valeu]", "match no layer; the student has down_proj, gate_proj, k_proj"),
         ("branch.max_length=3", "teacher `a`: no traces to train on: 24 too long; branch.max_length is 3"),
