@@ -1,24 +1,15 @@
 """A comparison as rows of text, for a terminal and for a page alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import get_args
 
 from mot_lora.analysis.comparison import ArmSummary, BudgetSummary, Comparison, Reference
 from mot_lora.analysis.statistics import Estimate
 from mot_lora.analysis.wording import BUDGETS, Metric, label, number, p_value, signed
+from mot_lora.reports.grid import Grid, Row
 
 ROUNDS = 8  # columns of a table by round
 SETS = 3  # columns of a table of forgetting
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table: what it shows, its columns, and its rows as (name, the other cells)."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def grids(comparison: Comparison) -> list[Grid]:
@@ -42,7 +33,7 @@ def results(budget: BudgetSummary, metric: Metric) -> Grid:
     """The last students' scores by arm: mean, deviation and interval over seeds, lowest point, held-out loss."""
     lost = metric == "accuracy" and any(a.loss for a in budget.arms)
     rows = [
-        (
+        Row(
             label(a.arm) + (" (best STD)" if a.arm == budget.best_std else ""),
             (
                 str(len(a.seeds)),
@@ -75,7 +66,7 @@ def differences(budget: BudgetSummary, reference: Reference, metric: Metric) -> 
     if to is None or not found:
         return None
     rows = [
-        (
+        Row(
             label(a.arm),
             (
                 str(d.seeds.n),
@@ -103,7 +94,7 @@ def rounds(budget: BudgetSummary, metric: Metric) -> Grid | None:
     every = -(-last // ROUNDS)
     shown = sorted({0, last, *range(last, 0, -every)})
     rows = [
-        (label(a.arm), tuple(number(a.by_round[i].mean, metric) if i < len(a.by_round) else "" for i in shown))
+        Row(label(a.arm), tuple(number(a.by_round[i].mean, metric) if i < len(a.by_round) else "" for i in shown))
         for a in budget.arms
         if a.by_round
     ]
@@ -119,7 +110,7 @@ def forgetting(budget: BudgetSummary, metric: Metric) -> list[Grid]:
     out: list[Grid] = []
     for shown in (sets[i : i + SETS] for i in range(0, len(sets), SETS)):
         rows = [
-            (label(a.arm), (_change(a.gain, metric), *(_change(a.forgetting.get(s), "accuracy") for s in shown)))
+            Row(label(a.arm), (_change(a.gain, metric), *(_change(a.forgetting.get(s), "accuracy") for s in shown)))
             for a in measured
         ]
         out.append(Grid(title, ("arm", "gain" if metric == "accuracy" else "gain in loss", *shown), tuple(rows)))
@@ -133,7 +124,7 @@ def forgetting_sets(arms: Sequence[ArmSummary]) -> list[str]:
 
 def costs(budget: BudgetSummary) -> Grid:
     """What one seed of each arm took."""
-    rows = [(label(a.arm), (f"{a.branch_steps:,.0f}", f"{a.tokens:,.0f}", f"{a.seconds:,.0f}")) for a in budget.arms]
+    rows = [Row(label(a.arm), (f"{a.branch_steps:,.0f}", f"{a.tokens:,.0f}", f"{a.seconds:,.0f}")) for a in budget.arms]
     columns = ("arm", "branch-steps in all", "tokens trained", "seconds")
     return Grid(f"cost of one seed, {BUDGETS[budget.budget]}", columns, tuple(rows))
 

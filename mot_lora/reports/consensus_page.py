@@ -1,7 +1,7 @@
 """The part of a run's page about its consensus: confidence, what branches agree on, by layer, and the loss around."""
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from mot_lora.analysis.confidence import (
     KINDS,
@@ -18,7 +18,9 @@ from mot_lora.analysis.confidence import (
 from mot_lora.records import DataRecord, RoundRecord, RunRecord
 from mot_lora.reports import consensus_charts as draw
 from mot_lora.reports.charts import svg
-from mot_lora.reports.html import details, figure, grid, note, section, standing_open, table
+from mot_lora.reports.grid import Grid, Row
+from mot_lora.reports.html import Figure
+from mot_lora.reports.passages import Passage, passage
 
 LEADS = {
     "yes": "The claim holds here.",
@@ -26,91 +28,143 @@ LEADS = {
     "no": "The claim does not hold here.",
     "unclear": "These traces do not tell whether the claim holds here.",
 }
+CLASSES = ("gained on by", "tokens", "share", "p before", "gain", "branches", "merged", "kept", "from base")
+NAMES: Mapping[Kind, str] = {"several": "several branches", "one": "one branch alone", "none": "no branch"}
 
 
-def consensus_sections(record: RunRecord, data: DataRecord | None, found: ConsensusRecord | None) -> str:
-    """The sections, as HTML; none for a run of one round or one teacher.
+@dataclass(frozen=True)
+class RoundPart:
+    """One round's classes of tokens, and what they say of the paper's claim."""
+
+    number: int
+    classes: Grid
+    finding: str
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a trace; one that is trained on has a kind, and its numbers in words."""
+
+    text: str
+    kind: Kind | None = None
+    numbers: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out trace, token by token, and how many tokens more it has."""
+
+    teacher: str
+    prompt: Passage
+    tokens: Sequence[Token]
+    more: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look with the student has found; `older` says so where the run has gone on since."""
+
+    older: str
+    traces: int
+    questions: int
+    threshold: str
+    confidence_figures: Sequence[Figure]
+    confidence: Grid
+    rounds: Sequence[RoundPart]
+    key: Mapping[Kind, str]
+    examples: Sequence[Example]
+    landscape: Sequence[Figure]
+
+
+@dataclass(frozen=True)
+class ConsensusPart:
+    """What the page says of a run's consensus: by layer, with the conflict of signs that chance gives, and what was
+    found with the student; `no_traces` where there were none to look at.
+    """
+
+    by_layer: Sequence[Figure] = ()
+    chance: str = ""
+    no_traces: bool = False
+    found: Found | None = None
+
+
+def consensus_part(record: RunRecord, data: DataRecord | None, found: ConsensusRecord | None) -> ConsensusPart:
+    """What the page says of it; nothing for a run of one round or one teacher.
 
     >>> from mot_lora.records import EvaluationRecord
-    >>> consensus_sections(RunRecord(before=EvaluationRecord(), metric="loss", best=0, stopped=""), None, None)
-    ''
+    >>> consensus_part(RunRecord(before=EvaluationRecord(), metric="loss", best=0, stopped=""), None, None).by_layer
+    ()
     """
     rounds = [r for r in record.rounds if len(r.teachers) > 1]
     if len(rounds) < 2:
-        return ""
-    out = _by_layer([r for r in rounds if r.layers])
-    if found is None:
-        if data and data.teachers and not any(t.held_out for t in data.teachers):
-            out += section(
-                "Consensus", note("No traces were held out (eval.holdout), so there are none to look at it on.")
-            )
-        return out
-    older = ""
-    if len(found.basis) < len(record.rounds):
-        older = note(f"Looked at after round {len(found.basis)}; mot-lora report looks again.")
-    return (
-        out
-        + section("Confidence", older + _confidence(found))
-        + section("Consensus", older + _consensus(found))
-        + section("The loss around the last round", older + _landscape(found))
+        return ConsensusPart()
+    traces = [t.held_out for t in data.teachers] if data else []
+    return ConsensusPart(
+        by_layer=_by_layer([r for r in rounds if r.layers]),
+        chance=f"{1 - 0.5 ** (len(rounds[-1].teachers) - 1):.2f}",
+        no_traces=found is None and bool(traces) and not any(traces),
+        found=_found(found, len(record.rounds)) if found else None,
     )
 
 
-def _by_layer(rounds: Sequence[RoundRecord]) -> str:
+def _by_layer(rounds: Sequence[RoundRecord]) -> list[Figure]:
     if len(rounds) < 2:
-        return ""
+        return []
     first, last = rounds[0], rounds[-1]
-    out = ""
+    out: list[Figure] = []
     for what in ("cosine", "sign conflict"):
         ends = [(r.round, draw.mean_agreement(r.fold, what)) for r in (first, last)]
         said = " and ".join(f"{value:.2f} in round {n}" for n, value in ends if value is not None)
         label = f"{'Mean cosine' if what == 'cosine' else 'Sign conflict'} by layer and round; over all layers {said}."
-        out += figure(svg(draw.agreement_by_layer(rounds, what), f"{what.replace(' ', '-')}-layers", label), label)
-    return section(
-        "Agreement by layer and round",
-        grid(out)
-        + note(
-            "The mean cosine of every two branches' updates, and the share of entries on which any two of them differ "
-            f"in sign, for each layer: {1 - 0.5 ** (len(last.teachers) - 1):.2f} is what chance gives. Layers where "
-            "branches agree are where a merge keeps most of what each learned."
-        ),
+        drawn = svg(draw.agreement_by_layer(rounds, what), f"{what.replace(' ', '-')}-layers", label)
+        out.append(Figure(drawn, label))
+    return out
+
+
+def _found(found: ConsensusRecord, rounds: int) -> Found:
+    looked, count = len(found.basis), len(found.branches)
+    return Found(
+        older=f"Looked at after round {looked}; mot-lora report looks again." if looked < rounds else "",
+        traces=found.traces,
+        questions=found.questions,
+        threshold=f"{found.threshold:g}",
+        confidence_figures=_confidence_figures(found),
+        confidence=_confidence(found),
+        rounds=[RoundPart(r.round, _classes(r, count), finding(r)) for r in found.rounds],
+        key={kind: _class(kind, count) for kind in reversed(KINDS) if kind != "several" or count > 2},
+        examples=[_example(e, found.branches) for e in found.examples],
+        landscape=_landscape(found.landscape),
     )
 
 
-# --- confidence --------------------------------------------------------------------------------------------
-
-
-def _confidence(found: ConsensusRecord) -> str:
-    teachers = list(found.confidence[0].p)
-    rows = [
-        (
-            "branch" if c.branch else "merged",
-            _student(c),
-            [f"{c.mean:.3f}", *(f"{c.p[t]:.3f} ({c.log_p[t]:z.2f})" for t in teachers)],
-        )
-        for c in found.confidence
-    ]
+def _confidence_figures(found: ConsensusRecord) -> list[Figure]:
     merged = [c for c in found.confidence if c.branch is None]
     path = ", ".join(f"{_student(c)} {c.mean:.3f}" for c in merged)
-    apart = ", ".join(f"{t} from {merged[0].p[t]:.3f} to {merged[-1].p[t]:.3f}" for t in teachers)
-    return (
-        grid(
-            figure(
-                svg(draw.confidence_of_students(found), "confidence", f"Mean p of a token: {path}."),
-                "Mean probability of the traces' own tokens, over all teachers' traces. Each mark is a branch.",
-            )
-            + figure(
-                svg(draw.confidence_by_traces(found), "confidence-traces", f"Mean p of a token, by traces: {apart}."),
-                "The merged student on each teacher's traces. Lines that rise together are a student that learns from "
-                "all of them; one that falls is a teacher whose way it leaves.",
-            )
+    apart = ", ".join(f"{t} from {merged[0].p[t]:.3f} to {merged[-1].p[t]:.3f}" for t in found.confidence[0].p)
+    return [
+        Figure(
+            svg(draw.confidence_of_students(found), "confidence", f"Mean p of a token: {path}."),
+            "Mean probability of the traces' own tokens, over all teachers' traces. Each mark is a branch.",
+        ),
+        Figure(
+            svg(draw.confidence_by_traces(found), "confidence-traces", f"Mean p of a token, by traces: {apart}."),
+            "The merged student on each teacher's traces. Lines that rise together are a student that learns from all "
+            "of them; one that falls is a teacher whose way it leaves.",
+        ),
+    ]
+
+
+def _confidence(found: ConsensusRecord) -> Grid:
+    teachers = list(found.confidence[0].p)
+    rows = (
+        Row(
+            _student(c),
+            (f"{c.mean:.3f}", *(f"{c.p[t]:.3f} ({c.log_p[t]:z.2f})" for t in teachers)),
+            "branch" if c.branch else "merged",
         )
-        + table(("student", "mean p", *(f"traces of {t}" for t in teachers)), rows, "Confidence")
-        + note(
-            f"How sure each student is of the trained tokens of at most {found.traces} held-out traces of each "
-            "teacher: mean p(token), and in brackets mean log p in nats. Bold rows are the base and the merged student."
-        )
+        for c in found.confidence
     )
+    return Grid("confidence", ("student", "mean p", *(f"traces of {t}" for t in teachers)), tuple(rows))
 
 
 def _student(c: StudentConfidence) -> str:
@@ -119,49 +173,17 @@ def _student(c: StudentConfidence) -> str:
     return f"after round {c.round}" if c.round else "base"
 
 
-# --- consensus ---------------------------------------------------------------------------------------------
-
-
-def _consensus(found: ConsensusRecord) -> str:
-    count = len(found.branches)
-    out = note(
-        f"A branch gains on a token where its log p of it rises by more than {found.threshold:g} nats over the student "
-        "that the round began with. The claim of the paper (arXiv 2509.08814): what the teachers agree on is "
-        "reinforced, what is one teacher's habit washes out. It would be false if agreed gains were lost, or if lone "
-        "ones were kept just as well."
-    )
-    for r in found.rounds:
-        rows = [("", _class(c.kind, count), _cells(c)) for c in r.classes]
-        out += f"<h3>Round {r.round}</h3>" + table(COLUMNS, rows, f"Consensus of round {r.round}")
-        out += f"<p>{escape(finding(r))}</p>\n"
-    out += note(
-        "Changes are of log p in nats a token, against the student that the round began with. Gain: of the branches "
-        "that gained. Branches: the mean of all of them, what averaging log p would give. Merged: of the merged "
-        "student, with its 95\N{NO-BREAK SPACE}% interval. Kept: merged / gain. Intervals are from the spread between "
-        f"the {found.questions} questions; p before is the mean p at the round's start."
-    )
-    shown = "".join(_example(e, found) for e in found.examples)
-    last = found.rounds[-1].round
-    key = ", ".join(
-        f'<span class="k-{kind}">{escape(_class(kind, count))}</span>'
-        for kind in reversed(KINDS)
-        if kind != "several" or count > 2
-    )
-    return (
-        out + f"<h3>Tokens of round {last}</h3><p>Gained on by {key}. Point at a token for its numbers.</p>\n" + shown
-    )
-
-
-COLUMNS = ("gained on by", "tokens", "share", "p before", "gain", "branches", "merged", "kept", "from base")
-NAMES: dict[Kind, str] = {"several": "several branches", "one": "one branch alone", "none": "no branch"}
+def _classes(r: ConsensusRound, branches: int) -> Grid:
+    rows = (Row(_class(c.kind, branches), _cells(c)) for c in r.classes)
+    return Grid(f"consensus of round {r.round}", CLASSES, tuple(rows))
 
 
 def _class(kind: Kind, branches: int) -> str:
     return f"all {branches} branches" if kind == "all" else NAMES[kind]
 
 
-def _cells(c: ClassRecord) -> list[str]:
-    return [
+def _cells(c: ClassRecord) -> tuple[str, ...]:
+    return (
         f"{c.tokens:,}",
         f"{c.share:.1%}",
         f"{c.p_start:.2f}",
@@ -170,7 +192,7 @@ def _cells(c: ClassRecord) -> list[str]:
         f"{c.merged.value:+z.3f}{_interval(c.merged, 1, 'z.3f')}",
         "" if c.kept is None else f"{c.kept.value:z.0%}{_interval(c.kept, 100, 'z.0f')}",
         f"{c.base:+z.3f}",
-    ]
+    )
 
 
 def _interval(e: Estimate, times: float, form: str) -> str:
@@ -208,43 +230,30 @@ def _moved(c: ClassRecord) -> str:
     return f"moved by {e.value:+z.3f} nats a token, {why}"
 
 
-def _example(e: ExampleRecord, found: ConsensusRecord) -> str:
-    tokens = "".join(_token(t, found.branches) for t in e.tokens)
-    more = note(f"{e.more:,} more tokens follow.") if e.more else ""
-    return (
-        f"<h3>A held-out trace of {escape(e.teacher)}</h3>"
-        + details("Before it", standing_open(e.prompt, "Prompt"))
-        + f'<div class="card"><div class="text tokens" dir="auto">{tokens}</div></div>\n{more}'
-    )
+def _example(e: ExampleRecord, branches: Sequence[str]) -> Example:
+    more = f"{e.more:,} more tokens follow." if e.more else ""
+    return Example(e.teacher, passage(e.prompt, "Prompt"), [_token(t, branches) for t in e.tokens], more)
 
 
-def _token(t: TokenRecord, branches: Sequence[str]) -> str:
+def _token(t: TokenRecord, branches: Sequence[str]) -> Token:
     if t.kind is None or not t.text:
-        return escape(t.text)
+        return Token(t.text)
     each = ", ".join(f"{name} {change:+z.2f}" for name, change in zip(branches, t.branches, strict=True))
-    title = f"log p {t.start:z.2f} before; {each}; merged {t.merged:+z.2f}"
-    return f'<span class="k-{t.kind}" title="{escape(title)}">{escape(t.text)}</span>'
+    return Token(t.text, t.kind, f"log p {t.start:z.2f} before; {each}; merged {t.merged:+z.2f}")
 
 
-# --- the loss around ---------------------------------------------------------------------------------------
-
-
-def _landscape(found: ConsensusRecord) -> str:
-    around = found.landscape
-    return grid(
-        figure(
-            svg(draw.loss_between(around), "loss-between", f"Held-out loss between branches: {_between(around)}"),
-            f"The mean held-out loss on the lines between branches. {_between(around)}",
-        )
-        + figure(
-            svg(draw.loss_around(around), "loss-around", f"Held-out loss around the student: {_around(around)}"),
-            f"The mean held-out loss around the merged student. {_around(around)}",
-        )
-    ) + note(
-        f"On the same traces, at most {found.traces} a teacher. Every point is folded and rounded as the merged "
-        "student is. Random directions are of low rank and in each module as large as the round's update D. A line "
-        "that bulges far up has a barrier: the branches went to different valleys, and their mean lies on the ridge."
-    )
+def _landscape(around: LandscapeRecord) -> list[Figure]:
+    between, nearby = _between(around), _around(around)
+    return [
+        Figure(
+            svg(draw.loss_between(around), "loss-between", f"Held-out loss between branches: {between}"),
+            f"The mean held-out loss on the lines between branches. {between}",
+        ),
+        Figure(
+            svg(draw.loss_around(around), "loss-around", f"Held-out loss around the student: {nearby}"),
+            f"The mean held-out loss around the merged student. {nearby}",
+        ),
+    ]
 
 
 def _between(around: LandscapeRecord) -> str:

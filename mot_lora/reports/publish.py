@@ -70,8 +70,8 @@ def publish(runs: Sequence[ArmRun], out: str | Path, settings: Mapping[str, str]
     settings: texts by title that say how it was made: the command, the config.
     """
     comparison, out = summarize(runs), Path(out)
-    versions = next((_versions(RunDir(f.parent)) for f in sorted(out.glob("seed-*/*/environment.json"))), {})
-    said = {**settings, **versions}
+    versions = next((_versions(RunDir(f.parent)) for f in sorted(out.glob("seed-*/*/environment.json"))), None)
+    said = {**settings, **(versions or {})}
     tree = {
         "settings": said,
         "comparison": comparison.model_dump(mode="json"),

@@ -24,8 +24,9 @@ from mot_lora.records import (
     Segment,
     VerifyRecord,
 )
+from mot_lora.reports import run_tables
 from mot_lora.reports.comparison_tables import grids
-from mot_lora.reports.run_page import columns, memory_note, table_rows
+from mot_lora.reports.grid import Grid
 from mot_lora.text import clock_time, size
 
 if TYPE_CHECKING:
@@ -89,16 +90,19 @@ def inspect_tables(record: InspectRecord) -> list[Table]:
 
 def table(record: RunRecord) -> Table:
     """The student before, each teacher's branch and the student after each round."""
-    out = Table(
-        title=f"Merge of Thought, {record.before.questions} held-out questions",
-        caption=memory_note(record) or None,
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-    )
-    for i, name in enumerate(columns(record)):
-        out.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
-    for kind, name, cells in table_rows(record):
-        out.add_row(Text(name), *cells, style="bold" if kind == "merged" else "dim", end_section=kind == "merged")
+    grid = run_tables.results(record)
+    out = _table(grid.title, grid.columns)
+    out.caption = run_tables.memory_note(record) or None
+    for column in out.columns:
+        column.no_wrap = True
+    for name, cells, kind in grid.rows:
+        merged = kind == "merged"
+        out.add_row(
+            Text(name if merged else f"  {name}"),
+            *map(Text, cells),
+            style="bold" if merged else "dim",
+            end_section=merged,
+        )
     return out
 
 
@@ -156,18 +160,9 @@ def data_tables(record: DataRecord) -> list[RenderableType]:
     >>> len(data_tables(DataRecord(teachers=())))
     1
     """
-    counts = ("rows", "used", "held\nout", "left\nout", "answer\nonly")
-    lengths = ("median\ntokens", "longest\ntrace", "tokens\nin all")
-    out = _table(f"traces by teacher; {record.questions:,} questions", ("teacher", *counts, *lengths))
+    out = _grid(run_tables.data(record))
     out.padding = (0, 1, 0, 0)  # it fits into 80 columns
-    for column in out.columns:
-        column.vertical = "bottom"
-        column.no_wrap = column not in (out.columns[0], out.columns[4])  # words may wrap, numbers must not
-    for t in record.teachers:
-        left_out = "\n".join(f"{count:,} {reason}" for reason, count in t.left_out.items() if count)
-        before = (f"{n:,}" for n in (t.rows, t.used, t.held_out))
-        after = (f"{n:,}" for n in (t.without_reasoning, t.median_tokens, t.longest_tokens, t.tokens))
-        out.add_row(Text(t.teacher), *before, Text(left_out or "-"), *after)
+    out.columns[4].no_wrap = False  # the reasons for which rows are left out are words
     shown: list[RenderableType] = [out, *map(Text, record.remarks)]
     for t in record.teachers:
         if t.sample:
@@ -255,16 +250,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     >>> len(comparison_tables(summarize([ArmRun(arm="base", budgets=("steps",), seed=0, accuracy=(0.3,))])))
     2
     """
-    shown: list[Table] = []
-    for grid in grids(comparison):
-        out = _table(grid.title, grid.columns)
-        for column in out.columns[1:]:
-            column.vertical = "bottom"
-            column.no_wrap = True  # an arm's name may wrap, numbers must not
-        for name, cells in grid.rows:
-            out.add_row(Text(name), *map(Text, cells))
-        shown.append(out)
-    return shown
+    return [_grid(grid) for grid in grids(comparison)]
 
 
 def _sample(segments: Sequence[Segment]) -> Text:
@@ -286,6 +272,16 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), min_width=len(title) + 2)
     for i, name in enumerate(columns):
         out.add_column(Text(name), justify="right" if i else "left")
+    return out
+
+
+def _grid(grid: Grid) -> Table:
+    out = _table(grid.title, grid.columns)
+    for column in out.columns[1:]:
+        column.vertical = "bottom"
+        column.no_wrap = True  # a name may wrap, numbers must not
+    for name, cells, _ in grid.rows:
+        out.add_row(Text(name), *map(Text, cells))
     return out
 
 

@@ -16,7 +16,8 @@ from mot_lora.analysis.comparison import ArmRun, ArmSummary, Budget, Comparison,
 from mot_lora.analysis.findings import findings, verdict
 from mot_lora.analysis.wording import label
 from mot_lora.errors import UserError
-from mot_lora.reports.comparison_tables import ROUNDS, Grid, grids
+from mot_lora.reports.comparison_tables import ROUNDS, grids
+from mot_lora.reports.grid import Grid
 from mot_lora.reports.tables import comparison_tables
 
 BOTH: tuple[Budget, ...] = ("steps", "total")
@@ -59,7 +60,7 @@ def one(comparison: Comparison, title: str) -> Grid:
 
 
 def cells(comparison: Comparison, title: str) -> dict[str, tuple[str, ...]]:
-    return dict(one(comparison, title).rows)
+    return {row.name: row.cells for row in one(comparison, title).rows}
 
 
 def test_the_last_round_counts_and_not_the_best() -> None:
@@ -336,7 +337,7 @@ def test_results_are_in_their_columns() -> None:
         "lowest\non the way",
         "held-out\nloss",
     )
-    assert dict(grid.rows) == {
+    assert {row.name: row.cells for row in grid.rows} == {
         "base": ("3", "20.0", "0.0", "-", "-", "2.000"),
         "STD a (best STD)": ("3", "30.0", "5.0", "17.6 to 42.4", "10.0", "1.800"),
     }
@@ -349,7 +350,7 @@ def test_of_many_rounds_some_are_shown_and_the_last_always() -> None:
     grid = one(summarize([a_run("mtd", 0, accuracy=many)]), "accuracy by round")
     assert len(grid.columns) <= ROUNDS + 2
     assert (grid.columns[1], grid.columns[-1]) == ("before", "round 41")
-    assert grid.rows[0][1][-1] == "41.0"
+    assert grid.rows[0].cells[-1] == "41.0"
 
 
 def test_a_vote_has_no_rounds() -> None:
@@ -369,5 +370,5 @@ def test_every_cell_is_seen_in_110_columns() -> None:
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 110
     for grid in grids(found):
-        for name, row in grid.rows:
+        for name, row, _ in grid.rows:
             assert any(name.split()[-1] in line and all(cell in line for cell in row) for line in lines), (name, row)

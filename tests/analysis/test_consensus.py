@@ -42,7 +42,7 @@ from mot_lora.data.select import load_data
 from mot_lora.data.traces import IGNORE, Example
 from mot_lora.reader import demo_path, parse_config
 from mot_lora.reports import consensus_charts
-from mot_lora.reports.consensus_page import consensus_sections, finding
+from mot_lora.reports.consensus_page import ConsensusPart, consensus_part, finding
 from mot_lora.reports.publish import read_page
 from mot_lora.reports.run_page import report
 from mot_lora.runs.rundir import RunDir
@@ -473,8 +473,8 @@ def test_the_page_has_the_sections_and_says_what_was_found() -> None:
 
 def test_a_page_that_is_older_than_its_run_says_so() -> None:
     older = a_record().model_copy(update={"basis": ("x",)})
-    assert "Looked at after round 1;" in consensus_sections(a_run(), None, older)
-    assert "Looked at after" not in consensus_sections(a_run(), None, a_record())
+    assert report(a_page(consensus=older)).count("Looked at after round 1;") == 3
+    assert "Looked at after" not in report(a_page(consensus=a_record()))
 
 
 def test_without_held_out_traces_the_page_says_why() -> None:
@@ -485,7 +485,8 @@ def test_without_held_out_traces_the_page_says_why() -> None:
     )
     assert "No traces were held out (eval.holdout)" in report(replace(page, data=none))
     one = page.record.model_copy(update={"rounds": page.record.rounds[:1], "best": 1})
-    assert consensus_sections(one, none, None) == consensus_sections(one, none, a_record()) == ""
+    assert consensus_part(one, none, None) == consensus_part(one, none, a_record()) == ConsensusPart()
+    assert not set(TITLES) & set(titles(report(replace(page, record=one, consensus=a_record()))))
 
 
 def test_nothing_hostile_becomes_markup() -> None:

@@ -83,7 +83,7 @@ def test_the_same_comparison_gives_the_same_bytes() -> None:
 
 def test_the_tables_are_the_terminal_s() -> None:
     shown = [row for row in Reader(demo_page()).rows if row]
-    expected = [row for g in grids(demo()) for row in (list(g.columns), *([name, *cells] for name, cells in g.rows))]
+    expected = [row for g in grids(demo()) for row in (list(g.columns), *([r.name, *r.cells] for r in g.rows))]
     assert sorted(shown) == sorted(expected)
 
 

@@ -26,8 +26,9 @@ from mot_lora.records import (
     TeacherDataRecord,
     TrainRecord,
 )
-from mot_lora.reports.html import LONG
-from mot_lora.reports.run_page import Page, report, table_rows
+from mot_lora.reports.passages import LONG
+from mot_lora.reports.run_page import Page, report
+from mot_lora.reports.run_tables import results
 from mot_lora.reports.tables import faded_line, table
 
 HOSTILE = '</style><script>alert(1)</script><img src="http://example.org/x.png" onerror="x">&amp;"\''
@@ -170,8 +171,8 @@ def section(page: str, title: str) -> Reader:
 
 
 def test_the_table_has_the_student_before_each_branch_and_each_round() -> None:
-    rows = table_rows(a_run())
-    assert [name.strip() for _, name, _ in rows] == [
+    rows = results(a_run()).rows
+    assert [row.name for row in rows] == [
         "before",
         "a alone",
         "b alone",
@@ -180,20 +181,18 @@ def test_the_table_has_the_student_before_each_branch_and_each_round() -> None:
         "b alone",
         "after round 2 (best)",
     ]
-    assert rows[-1] == (
-        "merged",
-        "after round 2 (best)",
-        ("50.0 % (45.0 to 55.0)", "1.800", "0.0123", "0.987", "4"),
-    )
-    assert rows[1][2] == ("35.0 % (30.0 to 40.0)", "1.900", "", "", "7")
+    cells = ("50.0 % (45.0 to 55.0)", "1.800", "0.0123", "0.987", "4")
+    assert rows[-1] == ("after round 2 (best)", cells, "merged")
+    assert rows[1].kind == "branch"
+    assert rows[1].cells == ("35.0 % (30.0 to 40.0)", "1.900", "", "", "7")
 
 
 def test_every_cell_is_seen_in_a_log() -> None:
     out = StringIO()
     Console(file=out, width=110).print(table(a_run()))
     lines = out.getvalue().splitlines()
-    for _, name, cells in table_rows(a_run()):
-        assert any(name.strip() in line and all(cell in line for cell in cells) for line in lines), name
+    for name, cells, _ in results(a_run()).rows:
+        assert any(name in line and all(cell in line for cell in cells) for line in lines), name
 
 
 MISSING: dict[str, dict[str, Any]] = {
@@ -248,7 +247,7 @@ def test_the_same_run_gives_the_same_bytes() -> None:
 def test_the_results_are_the_run_s_table_less_empty_columns() -> None:
     rows = section(demo(), "Results").rows
     assert rows[0] == ["student", "accuracy, 95 % interval", "held-out loss", "|D|/|W|", "survived", "seconds"]
-    assert rows[1:] == [[name.strip(), *cells] for _, name, cells in table_rows(a_run())]
+    assert rows[1:] == [[name, *cells] for name, cells, _ in results(a_run()).rows]
     rows = section(report(a_page(record=a_run(answers=False))), "Results").rows
     assert rows[0] == ["student", "held-out loss", "|D|/|W|", "survived", "seconds"]
     assert rows[-1] == ["after round 2 (best)", "1.800", "0.0123", "0.987", "4"]
@@ -351,14 +350,13 @@ def test_the_data_s_numbers_are_in_their_columns() -> None:
         "teacher": "a",
         "rows": "1,234",
         "used": "1,200",
-        "held out": "21",
-        "left out": "13",
-        "without reasoning": "7",
-        "tokens": "654,321",
-        "median": "512",
-        "longest": "4,096",
+        "held\nout": "21",
+        "left\nout": "10 too long\n3 seen before",
+        "answer\nonly": "7",
+        "median\ntokens": "512",
+        "longest\ntrace": "4,096",
+        "tokens\nin all": "654,321",
     }
-    assert "a: 10 too long, 3 seen before" in found.text
     assert "From a.jsonl, more.jsonl." in found.text
     assert re.search(r"not trained\s*<user> 2 \+ 2\?\s*trained\s*<think>two and two", found.text)
 

@@ -15,7 +15,7 @@ from mot_lora.analysis.arms import arms
 from mot_lora.config import Config, EvalConfig
 from mot_lora.durable import read_lines
 from mot_lora.records import Answer, EvaluationRecord, FinalRecord, RunRecord
-from mot_lora.reports.run_page import memory_note, table_rows
+from mot_lora.reports.run_tables import memory_note, results
 from mot_lora.reports.tables import table
 from mot_lora.runs.distillation import stages
 from mot_lora.runs.export import choose, model_card
@@ -81,9 +81,9 @@ def test_the_best_rounds_student_is_asked_once_more(config: Config) -> None:
     assert stages(config)[-1] == "final, answer"
     worked = [s for s in dict.fromkeys(seen) if s in stages(config)]
     assert worked == stages(config)
-    # where results are told
-    name, cells = next((name, cells) for _, name, cells in table_rows(record) if name.startswith("final"))
-    assert (name, cells[0]) == ("final: round 1, avg@3", "90.0 % (0.0 to 100.0)")
+    # where results are shown
+    final = results(record).rows[-1]
+    assert (final.name, final.cells[0]) == ("final: round 1, avg@3", "90.0 % (0.0 to 100.0)")
     page = (Path(config.output) / "report.html").read_text()
     assert "round 1, avg@3: 90.0 %" in page
     assert "| final: round 1, avg@3 | 90.0 %" in model_card(choose(config.output, 1), "")

@@ -9,7 +9,8 @@ from mot_lora import run, stages, table
 from mot_lora.config import Config
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.reports.publish import read_page
-from mot_lora.reports.run_page import columns, report, table_rows
+from mot_lora.reports.run_page import report
+from mot_lora.reports.run_tables import results
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import evaluation
 
@@ -74,13 +75,13 @@ def test_other_questions_are_asked_before_and_after_every_round(make_config: Mak
         assert measured.seconds > 0
     assert at == len(asked)
 
-    names = columns(record)
+    names, rows = results(record).columns, results(record).rows
     assert names[3:5] == ("sums, %", "gym, %")
-    merged = [cells for kind, _, cells in table_rows(record) if kind == "merged"]
+    merged = [row.cells for row in rows if row.kind == "merged"]
     assert [c[2:4] for c in merged] == [
         (f"{e.forgetting['sums'] * 100:.1f}", f"{e.forgetting['gym'] * 100:.1f}") for e in found
     ]
-    assert all(len(cells) == len(names) - 1 for _, _, cells in table_rows(record))
+    assert all(len(row.cells) == len(names) - 1 for row in rows)
     assert [str(c.header) for c in table(record).columns] == list(names)
     page = report(read_page(RunDir(tmp_path / "run")))
     assert all(f">{c}<" in page for c in ("sums, %", "gym, %", merged[-1][2]))
