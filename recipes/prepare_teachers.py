@@ -27,7 +27,7 @@ from rich.table import Table
 from mot_lora.cli.app import USAGE_ERROR
 from mot_lora.cli.options import Json, print_json
 from mot_lora.config import Config, EvalConfig, TeacherConfig
-from mot_lora.data.columns import GOLD, MESSAGES, QUESTION, REASONING
+from mot_lora.data.column_names import GOLD, MESSAGES, QUESTION, REASONING
 from mot_lora.data.overlap import Overlap, normalized
 from mot_lora.data.reasoning import THINK_END, chain_of
 from mot_lora.data.rows import Row, read_rows

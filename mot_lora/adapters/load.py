@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 
 from mot_lora.adapters.tensors import CONFIG_FILE, Base, Source
 from mot_lora.adapters.wrappers import unwrapped_config
-from mot_lora.checkpoints.checkpoint import Checkpoint, locate
+from mot_lora.checkpoints.checkpoint import Checkpoint
+from mot_lora.checkpoints.hub import locate
 from mot_lora.checkpoints.layout import TEXT, Layout
 from mot_lora.checkpoints.tensorfile import TensorFile
 from mot_lora.errors import UserError

@@ -29,8 +29,9 @@ from mot_lora.analysis.confidence import (
 from mot_lora.analysis.landscape import landscape, points
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config
-from mot_lora.data.chat import collate, fingerprint, load_tokenizer, pieces
-from mot_lora.data.select import load_data
+from mot_lora.data.dataset import load_data
+from mot_lora.data.encoding import collate
+from mot_lora.data.tokenizer import fingerprint, load_tokenizer, pieces
 from mot_lora.data.traces import IGNORE, Example
 from mot_lora.durable import sha256, write_record
 from mot_lora.errors import UserError, enough_memory
@@ -39,7 +40,7 @@ from mot_lora.progress import Progress, silent
 from mot_lora.records import EvaluationRecord
 from mot_lora.runs.ledger import open_student, read_ledger, read_run, settings
 from mot_lora.runs.rundir import RunDir
-from mot_lora.training.branch import ADAPTER, add_adapter
+from mot_lora.training.adapter import ADAPTER, add_adapter
 from mot_lora.training.evaluation import LOSS_CHUNK, AtOnce, held_out_losses, loss_tokens
 from mot_lora.training.loss import token_log_probs
 from mot_lora.training.memory import loaded

@@ -279,7 +279,7 @@ def _model(
 def _in_memory(chosen: Chosen, who: str, device: torch.device) -> "PreTrainedModel":
     """The student as the loop evaluates it: the quantized base with the ledger folded in; or that base."""
     from mot_lora.runs.ledger import read_ledger
-    from mot_lora.training.branch import add_adapter
+    from mot_lora.training.adapter import add_adapter
     from mot_lora.training.student import fold, load_model
 
     config = chosen.config

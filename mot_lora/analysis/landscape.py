@@ -9,7 +9,7 @@ import torch
 from mot_lora.analysis.confidence import LandscapeRecord, LossLine
 from mot_lora.merging.lowrank import Adapter, Factors, Update, inner
 from mot_lora.merging.merged import Merged, combine
-from mot_lora.merging.methods import seed_for
+from mot_lora.merging.seeds import seed_for
 
 BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALONG = (0.0, 0.5, 1.0, 1.5, 2.0)  # shares of the round's update D

@@ -91,8 +91,8 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
     settings = load_config(config, overrides or [])
     from mot_lora.checkpoints.checkpoint import Checkpoint
-    from mot_lora.data.chat import load_tokenizer
-    from mot_lora.data.select import load_data
+    from mot_lora.data.dataset import load_data
+    from mot_lora.data.tokenizer import load_tokenizer
     from mot_lora.reports.display import live, screen
     from mot_lora.reports.tables import data_tables
     from mot_lora.runs.rundir import RunDir

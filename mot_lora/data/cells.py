@@ -4,8 +4,10 @@ import ast
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
+
+from mot_lora.data.column_names import ABOUT
 
 
 def is_empty(value: Any) -> bool:
@@ -130,3 +132,19 @@ def kind(value: Any) -> str:
     return {"NoneType": "nothing", "list": "a list", "dict": "an object"}.get(
         type(value).__name__, type(value).__name__
     )
+
+
+def passages(value: Any) -> Iterator[str]:
+    """The texts of a context: a text, a list of them, or objects with a title and a text, as retrieval writes them."""
+    if listed := as_list(value):
+        for one in listed:
+            yield from passages(one)
+    elif row := as_object(value):
+        texts = first_filled(row, ABOUT)
+        if titles := as_list(row.get("title")):  # HotpotQA: titles, and sentences of each
+            for title, sentences in zip(titles, as_list(texts) or (), strict=False):
+                yield "\n".join((str(title), "".join(passages(sentences))))
+        else:
+            yield "\n".join(filter(None, (as_text(row.get("title")), *passages(texts))))
+    elif isinstance(value, str):
+        yield value

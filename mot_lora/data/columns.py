@@ -1,7 +1,10 @@
-"""What the columns of a row are called, and what they hold: questions, answers, chains, right answers, token ids."""
+"""A row by the meaning of its columns: question, answer, chain of thought, right answer, token ids.
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+A table of our own: datasets and trl rename the columns that a user names; here those in use are known by name, and
+each row is read by itself.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -16,93 +19,45 @@ from mot_lora.data.cells import (
     is_broken,
     is_empty,
     kind,
+    passages,
     unpacked,
     without_nulls,
 )
 from mot_lora.data.choices import Choices, find_choices
+from mot_lora.data.column_names import (
+    CALLED,
+    COMPLETE,
+    CONTEXT,
+    CORRECT,
+    DESIRED,
+    ELSE_QUESTION,
+    GOLD,
+    MEDIA,
+    MESSAGES,
+    NESTED,
+    NO_CHAIN,
+    NUMBERED,
+    PREFERRED,
+    QUESTION,
+    REASONING,
+    RESPONSE,
+    RIGHT,
+    SYSTEM,
+    TOOLS,
+    WRITTEN,
+)
 from mot_lora.data.conversation import CALLING, ORDER, Message, is_conversation, is_untrained, read_turns, text_of
 from mot_lora.errors import RowError
 
 Cell = tuple[str, Any]
 """A column's name and a row's value in it."""
 
-# What columns are called. Of two that mean the same, a row may fill one; which one is said in `columns` otherwise.
-QUESTION = ("question", "problem", "prompt", "instruction", "query")
-# These are the question only where none of the above is filled, the first of them that is there.
-ELSE_QUESTION = ("task", "question_stem", "input", "inputs", "user", "user_prompt", "ctx", "goal", "sentence")
-REASONING = (
-    "reasoning",
-    "thinking",
-    "thought",
-    "thoughts",
-    "think",
-    "cot",
-    "chain_of_thought",
-    "complex_cot",
-    "reasoning_content",
-    "reasoning_trace",
-    "rationale",
-    "trajectory",
-    "thinking_trajectory",
-    "thinking_trajectories",
-    "deepseek_thinking_trajectory",
-    "gemini_thinking_trajectory",
-    "deepseek_reasoning",
-    "think_content",
-    "reasoning_details",
-)
-RESPONSE = (
-    "completion",
-    "response",
-    "output",
-    "attempt",
-    "generation",
-    "generated_solution",
-    "deepseek_attempt",
-    "gemini_attempt",
-    "deepseek_solution",
-    "assistant",
-    "answer_content",
-    "llm_response",
-    "model_response",
-    "model_output",
-    "generated_text",
-    "completions",
-    "responses",
-    "outputs",
-    "attempts",
-    "generations",
-    "generated_solutions",
-)
-GOLD = ("gold", "gold_answer", "ground_truth", "expected_answer", "reference_answer", "reference", "target")
-# These are the teacher's words where nothing in RESPONSE is, the first of them that is there; else the right answer.
-WRITTEN = ("solution", "answer", "final_answer")
-RIGHT = ("answer", "final_answer", "solution", "answers", "answers_spans", "ground_truth_solution", "solutions")
-# where verl and SYNTHETIC-1 have it; AM has it in a message's info
-NESTED = ("reward_model.ground_truth", "verification_info.ground_truth", "extra_info.answer")
-MESSAGES = ("messages", "conversations", "conversation", "contents", "dialogue", "dialog", "chat")
-SYSTEM = ("system", "system_prompt", "system_message")
-TOOLS = ("tools", "functions")
-# what a question is about: it stands before it
-CONTEXT = ("context", "passage", "article", "paragraph", "document", "documents", "story", "premise", "support")
-ABOUT = ("text", "content", "contents", "contexts", "paragraphs", "sentences", "documents", "passages", "summary")
-NUMBERED = re.compile(r"r1_solution_\d+")  # DeepMath's generations
-# the dataset's own verdicts on each of several generations, as open-r1 has them, and whether a generation ends
-CORRECT = ("correctness_math_verify", "correctness_llama", "correctness", "is_correct", "correct")
-COMPLETE = ("is_reasoning_complete",)
-MEDIA = re.compile(r"(images?|img|pictures?|audios?|speech|videos?)([ _]?\d+|_(path|url|file|bytes)s?)?")
-PREFERRED = ("chosen",)  # the better answer of a pair
-DESIRED = ("label", "kto_tag")  # whether an answer is a good one: TRL and ms-swift, LlamaFactory
-CALLED = ("tool_calls", "function_call")
-NO_CHAIN = ("on", "off", "yes", "no", "true", "false", "high", "medium", "low")  # how much was to be thought
-NO_ANSWER = ("proof", "notfound", "not found")  # NuminaMath-1.5's words for a problem without one
-
 NO_QUESTION, NO_RESPONSE, NO_RIGHT = "without a question", "without an answer", "without a right answer"
 NO_TEXT, SEVERAL, MORE = "without text", "with several columns that fit", "with more than text"
 
 
 @dataclass(frozen=True)
-class Cells:
+class RowReader:
     """A row, where it stands, and what its columns mean where their names do not say it."""
 
     row: Mapping[str, Any]
@@ -355,43 +310,3 @@ class Cells:
         if not isinstance(value, list | tuple) or not all(type(x) is int for x in cast("list[Any]", value)):
             raise self.error(f"needs a list of integers in `{role}`; it has {self.listed}", "without token ids")
         return tuple(cast("list[int]", value))
-
-
-def right_answers(value: Any) -> Iterator[str]:
-    """What is right to answer, each text of it, from a text, a number, true or false, or lists and objects of them.
-
-    >>> list(right_answers("6 * 7 = 42\\n#### 42")), list(right_answers({"value": "NYC", "aliases": ["New York"]}))
-    (['42'], ['NYC', 'New York'])
-    """
-    if isinstance(value, bool):
-        yield from ("true", "yes") if value else ("false", "no")
-    elif (listed := as_list(value)) and (not isinstance(value, str) or all(isinstance(v, str) for v in listed)):
-        for one in listed:  # but a text like [1, 2] is itself an answer
-            yield from right_answers(one)
-    elif (inner := as_object(value)) and not isinstance(value, str):
-        for key in ("value", "text", "answer", "ground_truth", "spans", "aliases"):
-            yield from right_answers(inner.get(key))
-    elif (text := as_text(value)) and (right := final_part(text)) and right.lower() not in NO_ANSWER:
-        yield right
-
-
-def final_part(answer: str) -> str:
-    """What stands after ####, with which GSM8K and its like set off the right answer; else all of it."""
-    before, mark, after = answer.rpartition("####")
-    return (after.strip().partition("\n")[0] if mark else before or after).strip()
-
-
-def passages(value: Any) -> Iterator[str]:
-    """The texts of a context: a text, a list of them, or objects with a title and a text, as retrieval writes them."""
-    if listed := as_list(value):
-        for one in listed:
-            yield from passages(one)
-    elif row := as_object(value):
-        texts = first_filled(row, ABOUT)
-        if titles := as_list(row.get("title")):  # HotpotQA: titles, and sentences of each
-            for title, sentences in zip(titles, as_list(texts) or (), strict=False):
-                yield "\n".join((str(title), "".join(passages(sentences))))
-        else:
-            yield "\n".join(filter(None, (as_text(row.get("title")), *passages(texts))))
-    elif isinstance(value, str):
-        yield value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from mot_lora.data.columns import MESSAGES
+from mot_lora.data.column_names import MESSAGES
 from mot_lora.errors import RowError, UserError
 from mot_lora.reader import GYM
 

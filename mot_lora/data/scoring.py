@@ -4,21 +4,16 @@ import math
 import re
 from collections.abc import Sequence
 
-from mot_lora.data.answers import (
-    FUNCTIONS,
-    bare,
-    boxed,
-    chosen,
-    decided,
-    expression,
-    labelled,
-    says,
-    several_letters,
-    worded,
-)
+from mot_lora.data.answers import boxed, decided
+from mot_lora.data.expressions import expression
 from mot_lora.data.judge import equal
-from mot_lora.data.quantities import Quantity, Unit, moment, quantities, same_moment, same_quantity, unit
+from mot_lora.data.letters import chosen, labelled, several_letters
+from mot_lora.data.moments import moment, same_moment
+from mot_lora.data.notation import FUNCTIONS, bare
+from mot_lora.data.quantities import Quantity, quantities, same_quantity
 from mot_lora.data.reasoning import THINK, THINK_END, to_think
+from mot_lora.data.units import Unit, unit
+from mot_lora.data.words import says, worded
 from mot_lora.errors import UserError
 
 

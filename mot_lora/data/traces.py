@@ -6,23 +6,10 @@ from typing import Any
 
 from mot_lora.data.cells import as_list, as_object, is_empty, kind
 from mot_lora.data.choices import Choices
-from mot_lora.data.columns import (
-    COMPLETE,
-    CORRECT,
-    GOLD,
-    MESSAGES,
-    NO_QUESTION,
-    NO_RESPONSE,
-    NO_RIGHT,
-    QUESTION,
-    RESPONSE,
-    RIGHT,
-    WRITTEN,
-    Cell,
-    Cells,
-    right_answers,
-)
+from mot_lora.data.column_names import COMPLETE, CORRECT, GOLD, MESSAGES, QUESTION, RESPONSE, RIGHT, WRITTEN
+from mot_lora.data.columns import NO_QUESTION, NO_RESPONSE, NO_RIGHT, Cell, RowReader
 from mot_lora.data.conversation import CALLING, ORDER, Message, text_of
+from mot_lora.data.gold import right_answers
 from mot_lora.data.reasoning import calls_tool, think
 from mot_lora.errors import RowError
 
@@ -123,27 +110,27 @@ def read_trace(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | 
     >>> read_trace({"problem": "1 + 1?", "thinking": "1 + 1 = 2", "solution": "2"}, "row 1").completion
     '<think>\n1 + 1 = 2\n</think>\n\n2'
     """
-    cells = Cells(row, where, columns or {})
-    if "input_ids" in cells.columns or (cells.find("input_ids", ("input_ids",)) and not {*cells.columns} & {*TEXTS}):
-        return _example(cells)
-    cells.refuse_more_than_text()
-    if messages := cells.find("messages", MESSAGES):
-        choices = cells.choices()
-        *prompt, last = cells.messages(messages, choices)
-        return _trace(cells, tuple(prompt), last["content"], cells.gold(), choices)
-    question, written = cells.question(), cells.written()
+    reader = RowReader(row, where, columns or {})
+    if "input_ids" in reader.columns or (reader.find("input_ids", ("input_ids",)) and not {*reader.columns} & {*TEXTS}):
+        return _example(reader)
+    reader.refuse_more_than_text()
+    if messages := reader.find("messages", MESSAGES):
+        choices = reader.choices()
+        *prompt, last = reader.messages(messages, choices)
+        return _trace(reader, tuple(prompt), last["content"], reader.gold(), choices)
+    question, written = reader.question(), reader.written()
     if not question:
-        raise cells.lacks("question", (*QUESTION, *MESSAGES), ("question", "messages"), NO_QUESTION)
+        raise reader.lacks("question", (*QUESTION, *MESSAGES), ("question", "messages"), NO_QUESTION)
     if not written:
         wanted = ("answer (completion, response, ...)", "messages")
-        raise cells.lacks("answer", (*RESPONSE, *WRITTEN), wanted, NO_RESPONSE)
-    own = cells.columns.get("answer") or cells.names[written[0]]
-    choices = cells.choices(own)
-    reasoning = cells.reasoning()
-    text, chain = cells.completion(written), _chain(cells, reasoning) if reasoning else ""
+        raise reader.lacks("answer", (*RESPONSE, *WRITTEN), wanted, NO_RESPONSE)
+    own = reader.columns.get("answer") or reader.names[written[0]]
+    choices = reader.choices(own)
+    reasoning = reader.reasoning()
+    text, chain = reader.completion(written), _chain(reader, reasoning) if reasoning else ""
     if choices and isinstance(written[1], int) and (place := choices.place(written[1], where)) is not None:
         text = choices.labels[place]
-    return _trace(cells, cells.prompt(question, choices), think(chain, text), cells.gold(own), choices)
+    return _trace(reader, reader.prompt(question, choices), think(chain, text), reader.gold(own), choices)
 
 
 def read_traces(
@@ -158,10 +145,10 @@ def read_traces(
     ['2', 'marked as wrong']
     """
     columns = columns or {}
-    cells = Cells(row, where, columns)
-    undesired = WRONG if cells.is_undesired() else ""
+    reader = RowReader(row, where, columns)
+    undesired = WRONG if reader.is_undesired() else ""
     try:
-        several = cells.generations()
+        several = reader.generations()
     except RowError as e:
         return [(where, e)]
     rows = [(where, row)]
@@ -188,12 +175,12 @@ def settled(rows: Sequence[Mapping[str, Any]], columns: Mapping[Any, str]) -> Ma
     names: set[str] = set()
     beside = False
     for row in rows:
-        cells = Cells(row, "", columns)
-        if cells.first("messages", MESSAGES):
+        reader = RowReader(row, "", columns)
+        if reader.first("messages", MESSAGES):
             return columns
-        own = [n for n in RESPONSE if n in cells.filled]
-        names.update(cells.names[n] for n in own)
-        beside = beside or bool(own and cells.first("gold", WRITTEN))
+        own = [n for n in RESPONSE if n in reader.filled]
+        names.update(reader.names[n] for n in own)
+        beside = beside or bool(own and reader.first("gold", WRITTEN))
     return {**columns, "answer": names.pop()} if beside and len(names) == 1 else columns
 
 
@@ -205,29 +192,29 @@ def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str]
     >>> read_question({"problem": "1 + 1?", "solution": "One more than one. #### 2"}, "row 1").answer
     '2'
     """
-    cells = Cells(row, where, columns or {})
-    cells.refuse_more_than_text()
-    question = cells.question() or cells.find("messages", MESSAGES)
+    reader = RowReader(row, where, columns or {})
+    reader.refuse_more_than_text()
+    question = reader.question() or reader.find("messages", MESSAGES)
     if not question:
-        raise cells.lacks("question", (*QUESTION, *MESSAGES), ("question",), NO_QUESTION)
-    if "answer" in cells.columns and "gold" not in cells.columns:
-        named = {("gold" if role == "answer" else role): column for role, column in cells.columns.items()}
-        cells = Cells(row, where, named)
-    choices = cells.choices()
+        raise reader.lacks("question", (*QUESTION, *MESSAGES), ("question",), NO_QUESTION)
+    if "answer" in reader.columns and "gold" not in reader.columns:
+        named = {("gold" if role == "answer" else role): column for role, column in reader.columns.items()}
+        reader = RowReader(row, where, named)
+    choices = reader.choices()
     if choices and choices.right is None:
-        raise cells.error("nothing says which of its options is right", NO_RIGHT)
-    gold = cells.gold() or cells.find("answer", RESPONSE)
+        raise reader.error("nothing says which of its options is right", NO_RIGHT)
+    gold = reader.gold() or reader.find("answer", RESPONSE)
     answers = choices.answers if choices else right_answers(gold[1]) if gold else ()
     if not (right := tuple(dict.fromkeys(answers))):
         if gold and not is_empty(gold[1]):
             said = "has nothing after ####" if "####" in str(gold[1]) else f"holds no right answer: {kind(gold[1])}"
-            raise cells.error(f"`{gold[0]}` {said}", NO_RIGHT)
-        raise cells.lacks("gold", (*GOLD, *RIGHT), ("answer (solution, gold, ...)",), NO_RIGHT)
-    prompt = cells.prompt(question, choices)
+            raise reader.error(f"`{gold[0]}` {said}", NO_RIGHT)
+        raise reader.lacks("gold", (*GOLD, *RIGHT), ("answer (solution, gold, ...)",), NO_RIGHT)
+    prompt = reader.prompt(question, choices)
     *before, asked = prompt
     if any(m["role"] != "system" for m in before):
         asks = sum(m["role"] == "user" for m in prompt)
-        raise cells.error(f"`{question[0]}` must ask one thing, not hold {asks} turns of a user", ORDER)
+        raise reader.error(f"`{question[0]}` must ask one thing, not hold {asks} turns of a user", ORDER)
     return Question(asked["content"], right[0], right[1:], tuple(before))
 
 
@@ -237,21 +224,21 @@ ENDLESS = "reasoning never ends"
 
 
 def _trace(
-    cells: Cells, prompt: tuple[Message, ...], completion: str, right: Cell | None, choices: Choices | None
+    reader: RowReader, prompt: tuple[Message, ...], completion: str, right: Cell | None, choices: Choices | None
 ) -> Trace:
     if calls_tool(completion):
-        raise cells.error("calls a tool within its answer, and what that returned is not the teacher's", CALLING)
+        raise reader.error("calls a tool within its answer, and what that returned is not the teacher's", CALLING)
     if right and right[0] == "solution" and str(right[1]).strip() == completion.strip():
         right = None  # the teacher's own text once more is nothing to judge it by
     answers = choices.answers if choices and choices.right is not None else right_answers(right[1]) if right else ()
     every = tuple(dict.fromkeys(answers))
-    return Trace(prompt, completion, every[0] if every else None, every[1:], cells.tools())
+    return Trace(prompt, completion, every[0] if every else None, every[1:], reader.tools())
 
 
-def _chain(cells: Cells, cell: Cell) -> str:
+def _chain(reader: RowReader, cell: Cell) -> str:
     """A chain, also in parts as APIs have it."""
     parts = [] if isinstance(cell[1], str) else as_list(cell[1]) or []
-    return text_of(parts) if parts and as_object(parts[0]) else cells.text(cell)
+    return text_of(parts) if parts and as_object(parts[0]) else reader.text(cell)
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
@@ -263,10 +250,10 @@ def _verdict(row: Mapping[str, Any]) -> str:
     return WRONG if verdicts and not any(verdicts) else ""
 
 
-def _example(cells: Cells) -> Example:
-    ids, labels = cells.integers("input_ids"), cells.integers("labels")
+def _example(reader: RowReader) -> Example:
+    ids, labels = reader.integers("input_ids"), reader.integers("labels")
     if len(ids) != len(labels) or any(y not in (x, IGNORE) for x, y in zip(ids, labels, strict=False)):
-        raise cells.error(f"`labels` must be as long as `input_ids`, and equal to it or {IGNORE}", "with other labels")
+        raise reader.error(f"`labels` must be as long as `input_ids`, and equal to it or {IGNORE}", "with other labels")
     if all(y == IGNORE for y in labels[1:]):
-        raise cells.error(f"no token of `labels` is trained: all are {IGNORE}", "without a trained token")
+        raise reader.error(f"no token of `labels` is trained: all are {IGNORE}", "without a trained token")
     return Example(ids, labels)

@@ -1,73 +1,24 @@
-"""How a chat template writes a turn: what heads an assistant's words and ends them; and texts that hold such marks."""
+"""How a chat template writes a turn: what stands before an assistant's words and after them."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 
-from mot_lora.data.columns import Message
+from mot_lora.data.conversation import Message
 from mot_lora.data.reasoning import THINK, THINK_END, opens_chain
 from mot_lora.errors import UserError
 
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, add_generation_prompt) -> text. Errors: UserError for a conversation that the template does not take."""
-
-# What models' templates write at the end of a turn, at the beginning, and before a user, and texts can hold.
-ENDS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|eot|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<|return|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<eos>",
-    "</s>",
-    "<｜end▁of▁sentence｜>",  # noqa: RUF001
-    "<|END_OF_TURN_TOKEN|>",
-    "[|endofturn|]",
-    "<|end_of_turn|>",
-)
 BEGINS = ("<|begin_of_text|>", "<bos>", "<s>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<|endoftext|>")  # noqa: RUF001
-USERS = (
-    "<|im_start|>user",
-    "<|start_header_id|>user",
-    "<start_of_turn>user",
-    "<|turn>user",
-    "<|start_of_role|>user",
-    "<|start|>user",
-    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>",
-    "<|user|>",
-    "<｜User｜>",  # noqa: RUF001
-    "[|user|]",
-    "[INST]",
-)
 
 
-def _any(texts: Sequence[str]) -> str:
+def any_of(texts: Sequence[str]) -> str:
     """A pattern for any of these texts; some vocabularies have added tokens of spaces, which mark nothing."""
     return "|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))) or r"(?!)"
 
 
-BEGINNING = rf"(?:(?:{_any(BEGINS)})\s*)"
-# How a prompt begins and ends that was rendered by one of those templates.
-RENDERED = (
-    ("<|im_start|>", "<|im_start|>assistant"),
-    ("<|start_header_id|>", "<|start_header_id|>assistant<|end_header_id|>"),
-    ("<start_of_turn>", "<start_of_turn>model"),
-    ("<|turn>", "<|turn>model"),
-    ("<|start_of_role|>", "<|start_of_role|>assistant<|end_of_role|>"),
-    ("<|start|>", "<|start|>assistant"),
-    ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"),
-    ("<|user|>", "<|assistant|>"),
-    ("<|system|>", "<|assistant|>"),
-    ("<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
-    ("[|user|]", "[|assistant|]"),
-    ("[INST]", "[/INST]"),
-)
+BEGINNING = rf"(?:(?:{any_of(BEGINS)})\s*)"
 # A generation prompt that ends so has the chain of thought closed before it began.
 CLOSED = re.compile(r"(</think>|<channel\|>|<\|END_THINKING\|>)\s*\Z")
 EMPTY_CHAIN = re.compile(r"(<think>\s*)?</think>\s*\Z")
@@ -125,7 +76,7 @@ class Turn:
             stop,
             user=_around(opened + header, ASKED),
             system=(system[0], system[1].partition(ASKED)[0]) if said and SYSTEM in said else None,
-            again=_bare(middle.removeprefix(tail).removeprefix(stop)),
+            again=without_beginning(middle.removeprefix(tail).removeprefix(stop)),
             chain=_chain(opened, _attempt(render, reasons, False) or "", stop),
         )
 
@@ -205,118 +156,12 @@ def _end(last: str, middle: str, ends: Sequence[str], marks: Sequence[str]) -> t
     alike = [x == y for x, y in zip(last, middle, strict=False)]
     shared = last[: [*alike, False].index(False)] if middle else last
     for text, among in ((shared, ends), (shared, marks), (last, ends), (last, marks), (middle, ends)):
-        if found := re.search(_any(among), text):
+        if found := re.search(any_of(among), text):
             return text[: found.start()], found.group()
     # an end in plain letters is learnt as it is written; it stops nothing, so a token must follow
     return (last.rstrip() if middle.startswith(last.rstrip()) else ""), ends[0]
 
 
-def _bare(text: str) -> str:
+def without_beginning(text: str) -> str:
     """A text without what begins a whole one, and without spaces around it."""
     return re.sub(rf"\A{BEGINNING}+", "", text.strip())
-
-
-# --- texts that hold the marks already -------------------------------------------------------------------
-
-
-def without_marks(text: str, turn: Turn, ends: Sequence[str] = ()) -> str:
-    r"""An answer without what heads a turn and ends it, the student's or another model's, however many ends there are.
-
-    >>> without_marks("<|im_start|>assistant\n5<|im_end|>", Turn("", "", "", "<|im_end|>"))
-    '5'
-    """
-    head = turn.head.removeprefix(turn.closing).strip()
-    heads = [header for _, header in RENDERED] + ([head] if re.search(r"[<\[]", head) else [])
-    begun = next((header for header in heads if text.lstrip().startswith(header)), None)
-    words = text.lstrip().removeprefix(begun).removeprefix("\n") if begun else text
-    ended = without_ends(words, (*ends, *ENDS, turn.stop, turn.tail.strip()))
-    return words if ended == words else ended.removesuffix(turn.tail)
-
-
-def without_ends(text: str, ends: Sequence[str]) -> str:
-    """A text without these marks at its end, however many."""
-    marks, words = tuple(filter(str.strip, ends)), text
-    while (stripped := words.rstrip()).endswith(marks):
-        words = stripped[: -max(len(mark) for mark in marks if stripped.endswith(mark))]
-    return words
-
-
-def goes_on(text: str, turn: Turn, ends: Sequence[str] = ()) -> bool:
-    """Whether a text goes on after an end of its turn, as generations do that nothing stopped there.
-
-    The student's own ends count wherever they stand, others' before a user's turn.
-    """
-    if any(end in text for end in (*ends, turn.stop) if end.strip()):
-        return True
-    users = [user for user in (*USERS, turn.again) if user.strip() and user in text]
-    return bool(users) and re.search(rf"(?:{_any(ENDS)})\s*{BEGINNING}*(?:{_any(users)})", text) is not None
-
-
-def unrendered(text: str, turn: Turn) -> tuple[Message, ...] | None:
-    r"""The messages of a prompt that the template has rendered already; None for one that it has not.
-
-    >>> t = Turn("", "", "", "<|im_end|>", ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"))
-    >>> unrendered("<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n", t)
-    ({'role': 'user', 'content': '1 + 1?'},)
-    """
-    words, (before, after) = _prompt(text), (_bare(turn.user[0]), _unopened(turn.head))
-    end = next((e for e in (after, turn.closing.strip()) if e and words.endswith(e)), None)
-    if not (before and end):
-        return None
-    words = words.removesuffix(end)
-    said: list[Message] = []
-    if not words.startswith(before) and turn.system:
-        first, between = _bare(turn.system[0]), turn.system[1].strip()
-        system, found, rest = words.removeprefix(first).partition(between)
-        if not (between and found and words.startswith(first)):
-            return None
-        said, words, before = [{"role": "system", "content": system.strip()}], rest, ""
-    user = words.removeprefix(before)
-    if not words.startswith(before) or turn.stop in user or end in user:
-        return None
-    return (*said, {"role": "user", "content": user.strip()})
-
-
-def is_rendered(text: str, turn: Turn) -> bool:
-    """Whether a text is a conversation as the template renders it, up to where an answer begins."""
-    head = _unopened(turn.head)
-    return bool(turn.again and head) and turn.again in text and _prompt(text).endswith(head)
-
-
-def rendered_by(text: str) -> str | None:
-    r"""How a text begins that some chat template has rendered, up to where an answer begins; None for mere words.
-
-    >>> rendered_by("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"), rendered_by("What is [INST]?")
-    ('<start_of_turn>', None)
-    """
-    words = _prompt(text)
-    return next((begin for begin, end in RENDERED if words.startswith(begin) and words.endswith(end)), None)
-
-
-def _prompt(text: str) -> str:
-    return _unopened(_bare(text))
-
-
-def _unopened(prompt: str) -> str:
-    return EMPTY_CHAIN.sub("", prompt.strip()).removesuffix("<think>").rstrip()
-
-
-# --- the date --------------------------------------------------------------------------------------------
-
-DATE = date(2024, 7, 26)  # which Llama's own templates say where they are told none
-LETTERS = "aAbBcdeFHIjmMpSuUwWxXyY"
-
-
-def dated(template: str) -> bool:
-    """Whether a template writes today's date into what the student reads."""
-    return "strftime_now" in template
-
-
-def pinned(template: str) -> str:
-    """The template with its clock stopped at `DATE`: what a student reads does not depend on the day."""
-    if not dated(template):
-        return template
-    codes = [f"%{flag}{letter}" for letter in LETTERS for flag in ("-", "")]
-    told = "".join(f' | replace("{code}", "{DATE.strftime(code)}")' for code in codes)
-    # the line's end is dropped after a block
-    return f"{{% macro strftime_now(format) -%}}{{{{ format{told} }}}}{{%- endmacro %}}\n{template}"

@@ -2,6 +2,9 @@ from .agreement import Agreement as Agreement
 from .agreement import agreement_of as agreement_of
 from .agreement import by_layer as by_layer
 from .agreement import summed as summed
+from .averages import elect_sign as elect_sign
+from .averages import elected_mean as elected_mean
+from .averages import weighted_mean as weighted_mean
 from .lowrank import Adapter as Adapter
 from .lowrank import Dense as Dense
 from .lowrank import Factors as Factors
@@ -11,12 +14,9 @@ from .methods import METHODS as METHODS
 from .methods import dare_linear as dare_linear
 from .methods import dare_ties as dare_ties
 from .methods import della as della
-from .methods import elect_sign as elect_sign
-from .methods import elected_mean as elected_mean
 from .methods import linear as linear
 from .methods import sce as sce
 from .methods import ties as ties
-from .methods import weighted_mean as weighted_mean
 from .sparsify import drop as drop
 from .sparsify import trim as trim
 from .weighting import Weighting as Weighting

@@ -12,8 +12,10 @@ from torch.nn.functional import pad
 
 from mot_lora.errors import UserError
 from mot_lora.merging.align import SPACES
+from mot_lora.merging.averages import check_weights, divisor
 from mot_lora.merging.lowrank import Adapter, Dense, Factors, Form, Update, concatenate
-from mot_lora.merging.methods import ELECTS, METHODS, NEEDS_DENSITY, Method, check_weights, divisor, seed_for
+from mot_lora.merging.methods import ELECTS, METHODS, NEEDS_DENSITY, Method
+from mot_lora.merging.seeds import seed_for
 from mot_lora.merging.sparsify import check_density
 from mot_lora.patterns import PerModule, compiled, first_match, for_module
 

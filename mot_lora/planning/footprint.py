@@ -32,7 +32,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from mot_lora.checkpoints.weights import quantization_config
 from mot_lora.config import BranchConfig, LoraConfig
 from mot_lora.planning.kernels import PRODUCTS, Attention, as_released, fused_without_data, register_attention
-from mot_lora.training.branch import add_adapter, set_checkpoints
+from mot_lora.training.adapter import add_adapter
+from mot_lora.training.branch import set_checkpoints
 from mot_lora.training.decoding import Decoding, Layer, next_logits
 from mot_lora.training.lora import one_product
 from mot_lora.training.loss import chunked_cross_entropy
@@ -76,7 +77,7 @@ class Step:
 def student(
     config: PreTrainedConfig, quantization: str, lora: LoraConfig, dtype: torch.dtype, attention: Attention
 ) -> Any:
-    """The student with its adapter, without data: what `base.load_model` and `branch.add_adapter` make.
+    """The student with its adapter, without data: what `student.load_model` and `adapter.add_adapter` make.
 
     Errors: UserError as `add_adapter`; ValueError for a model that transformers does not know.
 

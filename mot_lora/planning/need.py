@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from mot_lora.config import BranchConfig, Config, EvalConfig, LoraConfig
-from mot_lora.data.select import Data
+from mot_lora.data.dataset import Data
 from mot_lora.errors import UserError
 from mot_lora.planning.cards import CONTEXT, Card
 from mot_lora.planning.footprint import Pass, Step, Weights, answer, measure, step, student, weights

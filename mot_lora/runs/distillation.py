@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config
-from mot_lora.data.chat import fingerprint, load_tokenizer
-from mot_lora.data.select import Data, load_data
+from mot_lora.data.dataset import Data, load_data
+from mot_lora.data.tokenizer import fingerprint, load_tokenizer
 from mot_lora.durable import write_record
 from mot_lora.errors import UserError, enough_memory, remark
 from mot_lora.merging.merged import resolve
@@ -28,7 +28,7 @@ from mot_lora.runs.ledger import final_due, read_ledger, read_run
 from mot_lora.runs.loop import Evaluate, Loop, Train
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import branch, evaluation
-from mot_lora.training.branch import add_adapter, check_targets
+from mot_lora.training.adapter import add_adapter, check_targets
 from mot_lora.training.liger import uses_liger
 from mot_lora.training.memory import loaded
 from mot_lora.training.student import describe, device_of, fold, load_model

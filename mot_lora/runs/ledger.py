@@ -6,8 +6,8 @@ from mot_lora.adapters.load import load_adapter
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.errors import UserError
+from mot_lora.merging.averages import nesterov
 from mot_lora.merging.merged import Merged, combine
-from mot_lora.merging.methods import nesterov
 from mot_lora.records import BranchRecord, RoundRecord, RunRecord, StateRecord, score
 from mot_lora.runs.inputs import gone
 from mot_lora.runs.rundir import RunDir

@@ -13,14 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora.adapters.load import load_adapter
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, EvalConfig, TeacherConfig
-from mot_lora.data.select import Data
+from mot_lora.data.dataset import Data
 from mot_lora.data.traces import Example, Question
 from mot_lora.durable import DamagedError, hashes, read_record, staged, write_lines, write_record
 from mot_lora.errors import DivergedError, UserError
 from mot_lora.merging.agreement import Agreement, agreement_of, by_layer, fold_record, summed
+from mot_lora.merging.averages import nesterov
 from mot_lora.merging.lowrank import Adapter
 from mot_lora.merging.merged import Merged, combine
-from mot_lora.merging.methods import nesterov, seed_for
+from mot_lora.merging.seeds import seed_for
 from mot_lora.merging.weighting import Weighting, by_accuracy, greedily
 from mot_lora.patterns import PerModule
 from mot_lora.progress import Progress
@@ -34,7 +35,7 @@ from mot_lora.records import (
 )
 from mot_lora.runs.ledger import FINAL, read_ledger, read_merges
 from mot_lora.runs.rundir import RunDir
-from mot_lora.training.branch import load_weights, reset_adapter
+from mot_lora.training.adapter import load_weights, reset_adapter
 from mot_lora.training.evaluation import evaluate, loss_tokens
 from mot_lora.training.job import Job
 from mot_lora.training.savepoint import discard

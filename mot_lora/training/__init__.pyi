@@ -1,4 +1,4 @@
-from .branch import add_adapter as add_adapter
+from .adapter import add_adapter as add_adapter
 from .branch import train as train
 from .evaluation import evaluate as evaluate
 from .job import Job as Job

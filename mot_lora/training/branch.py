@@ -10,25 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainingArguments,
 )
 
-from mot_lora.config import BranchConfig, LoraConfig
+from mot_lora.config import BranchConfig
 from mot_lora.data.traces import Example
-from mot_lora.errors import DivergedError, UserError, enough_memory
+from mot_lora.errors import DivergedError, enough_memory
 from mot_lora.interruption import INTERRUPTS, Shield
-from mot_lora.merging.methods import seed_for
 from mot_lora.progress import Progress, silent
 from mot_lora.records import TrainRecord
 from mot_lora.training.job import Job
@@ -38,88 +31,6 @@ from mot_lora.training.loss import inputs_as_they_are
 from mot_lora.training.offload import Offload, capacity, kept_bytes, offloads
 from mot_lora.training.savepoint import SCHEDULE, discard, newest
 from mot_lora.training.trainer import BranchTrainer, Track, Watch
-
-ADAPTER = "default"
-
-
-def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
-    """Put the one LoRA adapter on the student, in fp32 whatever the base is in.
-
-    Errors: UserError when the targets match no linear layer.
-    """
-    targets = lora.target_modules
-    config = PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=cast("int", lora.alpha),
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    head = model.get_output_embeddings()
-    linear = sorted(
-        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)  # on tied weights, which are refused below
-        try:
-            peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
-        except ValueError as e:
-            why = "match no layer" if "not found" in str(e) else f"cannot be had ({' '.join(str(e).split())[:120]})"
-            raise UserError(f"lora.target_modules {targets!r} {why}; the student has {', '.join(linear)}") from e
-    said: Any = peft_model.peft_config[ADAPTER]
-    if not isinstance(said.target_modules, str):  # a set, whose order is another in every process; it is written
-        said.target_modules = sorted(said.target_modules or ())
-    base: Any = peft_model.get_base_model()
-    for name, layer in base.named_modules():
-        if isinstance(layer, LoraLayer):
-            inner = cast("Any", layer.get_base_layer())
-            if not isinstance(inner, nn.Linear):
-                what = f"{name} is no linear layer but {type(inner).__name__}"
-                raise UserError(f"lora.target_modules {targets!r}: {what}; take of [{','.join(linear)}]")
-            if inner.weight is base.get_input_embeddings().weight:
-                raise UserError(f"lora.target_modules {targets!r}: {name} is tied to the embedding; leave it out")
-    return cast("PeftModel", peft_model)
-
-
-def check_targets(path: Path, lora: LoraConfig, trust_remote_code: bool = False) -> None:
-    """Put the adapter on a student without weights, to find targets that match nothing before any are read.
-
-    Errors: UserError as `add_adapter`, and for a model that transformers does not know.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            add_adapter(model, lora)
-    except UserError:
-        raise
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
-        hint = "" if trust_remote_code else "; code of its own runs only with trust_remote_code: true"
-        raise UserError(f"{path}: no causal language model that can be loaded ({_line(e)}){hint}") from e
-
-
-def reset_adapter(model: PeftModel, seed: int) -> None:
-    """Make the adapter new: A as LoRA starts it, uniform in +-1/sqrt(in), B = 0.
-
-    A depends on (seed, module) alone, so that every branch of a round starts from the same A, on any device.
-    """
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
-            a = cast("Tensor", cast("Any", layer.lora_A)[ADAPTER].weight)
-            b = cast("Tensor", cast("Any", layer.lora_B)[ADAPTER].weight)
-            generator = torch.Generator().manual_seed(seed_for(seed, name))
-            bound = 1 / math.sqrt(a.shape[1])
-            with torch.no_grad():
-                a.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) * bound)
-                b.zero_()
-
-
-def load_weights(model: PeftModel, folder: Path) -> None:
-    """Give the adapter the weights that a branch was saved with."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), ADAPTER)
 
 
 def train(
@@ -300,7 +211,3 @@ def _advice(settings: BranchConfig, longest: int, stays: bool) -> str:
     less += [f"branch.loss_chunk={max(256, s.loss_chunk // 2)}"] if s.loss_chunk > 256 else []
     go_on = f"go on with {' '.join(less)}" if less else "free memory that others use, and go on"
     return f"{go_on}, or begin another run with branch.max_length below {longest}, the longest trace"
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

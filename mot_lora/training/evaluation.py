@@ -12,11 +12,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mot_lora.config import BranchConfig, EvalConfig
-from mot_lora.data.chat import answer_text, collate, prompt_text, stop_ids, token_ids
+from mot_lora.data.chat import prompt_text, stop_ids
+from mot_lora.data.encoding import answer_text, collate
 from mot_lora.data.scoring import is_right, mean_score
+from mot_lora.data.tokenizer import token_ids
 from mot_lora.data.traces import Example, Question, batches
 from mot_lora.errors import enough_memory, is_out_of_memory
-from mot_lora.merging.methods import seed_for
+from mot_lora.merging.seeds import seed_for
 from mot_lora.progress import Progress, silent
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.training import decoding as decode

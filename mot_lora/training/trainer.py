@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from mot_lora.config import BranchConfig
-from mot_lora.data.chat import collate
+from mot_lora.data.encoding import collate
 from mot_lora.data.traces import IGNORE, Example, batches
 from mot_lora.errors import DivergedError, writing
 from mot_lora.interruption import Shield

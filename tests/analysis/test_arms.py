@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_lora.analysis.arms import PAPER, Arm, arms, known_arms
 from mot_lora.config import Config
-from mot_lora.data.chat import load_tokenizer
-from mot_lora.data.select import load_data
+from mot_lora.data.dataset import load_data
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.errors import UserError
 from mot_lora.reader import demo_path, parse_config
 

@@ -37,8 +37,8 @@ from mot_lora.analysis.confidence import (
 )
 from mot_lora.analysis.consensus import consensus
 from mot_lora.config import Config
-from mot_lora.data.chat import load_tokenizer, pieces
-from mot_lora.data.select import load_data
+from mot_lora.data.dataset import load_data
+from mot_lora.data.tokenizer import load_tokenizer, pieces
 from mot_lora.data.traces import IGNORE, Example
 from mot_lora.reader import demo_path, parse_config
 from mot_lora.reports import consensus_charts

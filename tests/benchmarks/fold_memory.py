@@ -110,7 +110,7 @@ def fold(ahead: int, cold: bool) -> dict[str, Any]:
     import mot_lora.training.student as room
     from mot_lora import merge_adapters
     from mot_lora.config import LoraConfig
-    from mot_lora.training.branch import add_adapter
+    from mot_lora.training.adapter import add_adapter
 
     room.AHEAD = ahead
     base = checkpoint()

@@ -211,7 +211,7 @@ def _student(quantization: str, device: str) -> Any:
 
     from mot_lora.checkpoints.checkpoint import Checkpoint
     from mot_lora.config import LoraConfig
-    from mot_lora.training.branch import add_adapter
+    from mot_lora.training.adapter import add_adapter
     from mot_lora.training.student import load_model
 
     base = _checkpoint()
@@ -236,10 +236,10 @@ def _trained(quantization: str, device: str, tokens: int = 0, **settings: Any) -
 
     from mot_lora.config import BranchConfig
     from mot_lora.data.traces import Example
-    from mot_lora.training import branch
+    from mot_lora.training import adapter, branch
 
     model = _student(quantization, device)
-    branch.reset_adapter(model, 0)
+    adapter.reset_adapter(model, 0)
     ids = tuple(trace(tokens or TOKENS))
     said = {"steps": 2, "batch_size": 1, "gradient_accumulation": 1, "warmup": 0, "learning_rate": 0.1}
     asked = BranchConfig(**said, max_length=len(ids), **settings)

@@ -145,7 +145,7 @@ def trace(tokens: int) -> list[int]:
 
 
 def tokenizer() -> Any:
-    from mot_lora.data.chat import load_tokenizer
+    from mot_lora.data.tokenizer import load_tokenizer
     from mot_lora.reader import demo_path
 
     return load_tokenizer(demo_path("student"))
@@ -262,14 +262,14 @@ def us(asked: Row, tokens: int, chunked: bool = True, checkpointing: bool = True
 
     from mot_lora.config import LoraConfig
     from mot_lora.data.traces import Example
-    from mot_lora.training import branch
+    from mot_lora.training import adapter, branch
     from mot_lora.training.attention import needs_repeating, repeat_shared_heads
 
     base = student(asked)
     if asked["device"] == "cuda" and needs_repeating(torch.cuda.get_device_capability()):
         repeat_shared_heads(base)  # as `base.load_model` does
-    model, meter = branch.add_adapter(base, LoraConfig()), Meter(asked)
-    branch.reset_adapter(model, 0)
+    model, meter = adapter.add_adapter(base, LoraConfig()), Meter(asked)
+    adapter.reset_adapter(model, 0)
     branch.BranchTrainer = meter.on(branch.BranchTrainer)
     ids = tuple(trace(tokens))
     branch.train(model, tokenizer(), [Example(ids, ids)], settings(asked, tokens, chunked, checkpointing), seed=0)

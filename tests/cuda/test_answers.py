@@ -12,10 +12,12 @@ from peft import PeftModel
 
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import EvalConfig, LoraConfig
-from mot_lora.data.chat import encode, load_tokenizer, prompt_text
+from mot_lora.data.chat import prompt_text
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Example, Question, Trace
 from mot_lora.errors import UserError
-from mot_lora.training.branch import add_adapter
+from mot_lora.training.adapter import add_adapter
 from mot_lora.training.decoding import Decoding, decode
 from mot_lora.training.evaluation import evaluate
 from mot_lora.training.loss import computing

@@ -22,7 +22,7 @@ from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config, LoraConfig
 from mot_lora.reader import load_config
 from mot_lora.runs.rundir import RunDir
-from mot_lora.training.branch import add_adapter
+from mot_lora.training.adapter import add_adapter
 from mot_lora.training.student import fold, load_model
 
 MakeConfig = Callable[..., Config]

@@ -21,14 +21,16 @@ from mot_lora import UserError, run
 from mot_lora.analysis.consensus import consensus
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, LoraConfig
-from mot_lora.data.chat import encode, load_tokenizer
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace
 from mot_lora.reader import demo_path
 from mot_lora.records import RunRecord
 from mot_lora.runs.export import export
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import offload
-from mot_lora.training.branch import add_adapter, reset_adapter, train
+from mot_lora.training.adapter import add_adapter, reset_adapter
+from mot_lora.training.branch import train
 from mot_lora.training.student import load_model
 
 MakeConfig = Callable[..., Config]

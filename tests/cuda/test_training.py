@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
-from mot_lora.data.chat import load_tokenizer
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Example
+from mot_lora.training.adapter import add_adapter, reset_adapter
 from mot_lora.training.attention import REPEATED
-from mot_lora.training.branch import add_adapter, fast_layers, reset_adapter, set_checkpoints, train
+from mot_lora.training.branch import fast_layers, set_checkpoints, train
 from mot_lora.training.loss import batch_loss, logits, token_log_probs
 from mot_lora.training.student import dtype_of, load_model
 

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from mot_lora.data.chat import collate, encode, load_tokenizer, prompt_text, segments
+from mot_lora.data.chat import prompt_text
+from mot_lora.data.encoding import collate, encode, segments
 from mot_lora.data.reasoning import think
 from mot_lora.data.scoring import final_answer
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import IGNORE, Example, Trace, read_trace
 from mot_lora.errors import UserError
 from mot_lora.reader import demo_path

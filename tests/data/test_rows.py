@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from mot_lora.data.dataset import fingerprint
 from mot_lora.data.rows import READERS, has_known_suffix, read_rows
-from mot_lora.data.select import fingerprint
 from mot_lora.errors import UserError
 
 ROWS: list[dict[str, Any]] = [

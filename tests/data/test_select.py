@@ -15,20 +15,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mot_lora.config import Config, TeacherConfig
-from mot_lora.data.chat import encode, load_tokenizer
+from mot_lora.data.dataset import load_data
+from mot_lora.data.encoding import encode
 from mot_lora.data.overlap import Overlap
-from mot_lora.data.select import (
-    ENDLESS,
-    LONG,
-    NOT_DRAWN,
-    SEEN,
-    TWICE,
-    WRONG,
-    Choice,
-    Chosen,
-    hold_out,
-    load_data,
-)
+from mot_lora.data.select import ENDLESS, LONG, NOT_DRAWN, SEEN, TWICE, WRONG, Chosen, Selection, hold_out
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import IGNORE, Example, Question, Trace
 from mot_lora.errors import UserError
 from mot_lora.reader import demo_path, parse_config
@@ -48,13 +39,15 @@ def write(path: Path, rows: Rows) -> str:
     return str(path)
 
 
-def choice(tokenizer: PreTrainedTokenizerBase, *asked: str, n: int = 13, longest: int = 999, **settings: Any) -> Choice:
+def choice(
+    tokenizer: PreTrainedTokenizerBase, *asked: str, n: int = 13, longest: int = 999, **settings: Any
+) -> Selection:
     """What is chosen beside an evaluation of these questions."""
     teacher = TeacherConfig.model_validate({"name": "a", "data": "a.jsonl", **settings})
-    return Choice(teacher, tokenizer, Overlap(asked, n), longest)
+    return Selection(teacher, tokenizer, Overlap(asked, n), longest)
 
 
-def chosen(which: Choice, rows: Rows, seed: int = 0) -> list[str]:
+def chosen(which: Selection, rows: Rows, seed: int = 0) -> list[str]:
     """The questions of the rows that are used."""
     return [c.question for c in which.choose([(f"row {i}", row) for i, row in enumerate(rows)], seed)]
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mot_lora.data.columns import GOLD, MESSAGES, QUESTION, REASONING, RESPONSE, WRITTEN, final_part
+from mot_lora.data.column_names import GOLD, MESSAGES, QUESTION, REASONING, RESPONSE, WRITTEN
 from mot_lora.data.conversation import ROLES
+from mot_lora.data.gold import final_part
 from mot_lora.data.reasoning import chain_of, opens_chain, think
 from mot_lora.data.traces import IGNORE, Example, Question, Trace, batches, read_question, read_trace
 from mot_lora.errors import UserError

@@ -17,7 +17,8 @@ from torch import Tensor
 from mot_lora.errors import UserError
 from mot_lora.merging.lowrank import Adapter, Dense, Factors, concatenate
 from mot_lora.merging.merged import Merged, combine
-from mot_lora.merging.methods import METHODS, NEEDS_DENSITY, linear, seed_for, ties
+from mot_lora.merging.methods import METHODS, NEEDS_DENSITY, linear, ties
+from mot_lora.merging.seeds import seed_for
 from mot_lora.merging.sparsify import rank_densities, trim
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)

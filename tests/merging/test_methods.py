@@ -21,21 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mot_lora.config import MERGE_METHODS
 from mot_lora.errors import UserError
-from mot_lora.merging.methods import (
-    METHODS,
-    NEEDS_DENSITY,
-    check_weights,
-    dare_linear,
-    dare_ties,
-    della,
-    elect_sign,
-    elected_mean,
-    linear,
-    sce,
-    seed_for,
-    ties,
-    weighted_mean,
-)
+from mot_lora.merging.averages import check_weights, elect_sign, elected_mean, weighted_mean
+from mot_lora.merging.methods import METHODS, NEEDS_DENSITY, dare_linear, dare_ties, della, linear, sce, ties
+from mot_lora.merging.seeds import seed_for
 from mot_lora.merging.sparsify import SAMPLE, drop, kth_largest, rank_densities, trim
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)

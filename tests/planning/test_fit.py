@@ -21,7 +21,7 @@ from mot_lora.planning.cards import Card, find_card
 from mot_lora.planning.fit import PlanRecord, changes, plan
 from mot_lora.planning.need import LAUNCHES, Need, Part, UnplannableError, Work, peak_of
 from mot_lora.runs.distillation import preview, run
-from mot_lora.training.branch import add_adapter
+from mot_lora.training.adapter import add_adapter
 from mot_lora.training.student import fold, load_model
 
 GIB = 2**30

@@ -19,7 +19,7 @@ from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
 from mot_lora.errors import UserError
 from mot_lora.planning.footprint import Step, answer, measure, step, student, weights
-from mot_lora.training.branch import add_adapter, reset_adapter
+from mot_lora.training.adapter import add_adapter, reset_adapter
 from mot_lora.training.decoding import Decoding
 from mot_lora.training.loss import batch_loss, inputs_as_they_are
 from mot_lora.training.student import load_model

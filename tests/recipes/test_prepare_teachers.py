@@ -11,9 +11,9 @@ import datasets
 import pytest
 from conftest import refused
 
-from mot_lora.data.chat import load_tokenizer
+from mot_lora.data.dataset import load_data
 from mot_lora.data.reasoning import think
-from mot_lora.data.select import load_data
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace, read_trace
 from mot_lora.reader import demo_path, parse_config
 

@@ -14,7 +14,7 @@ from test_student import linear_layers, requantized
 
 from mot_lora import UserError, run
 from mot_lora.config import Config, RoundMergeConfig
-from mot_lora.data.chat import collate
+from mot_lora.data.encoding import collate
 from mot_lora.data.traces import Example
 from mot_lora.records import Answer, EvaluationRecord, RunRecord, TrainRecord
 from mot_lora.runs.distillation import Evaluate

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mot_lora import UserError, export, export_adapter, run
 from mot_lora.config import Config
 from mot_lora.durable import write_record
-from mot_lora.merging.methods import dare_linear, dare_ties, seed_for, ties
+from mot_lora.merging.methods import dare_linear, dare_ties, ties
+from mot_lora.merging.seeds import seed_for
 from mot_lora.records import EvaluationRecord
 
 MakeConfig = Callable[..., Config]

@@ -15,7 +15,7 @@ from test_student import requantized
 
 from mot_lora import export, run
 from mot_lora.config import Config
-from mot_lora.merging.methods import nesterov
+from mot_lora.merging.averages import nesterov
 from mot_lora.runs.rundir import RunDir
 
 

@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTok
 from mot_lora import UserError
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, LoraConfig
-from mot_lora.data.chat import collate, encode, load_tokenizer
+from mot_lora.data.encoding import collate, encode
 from mot_lora.data.rows import read_rows
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import IGNORE, Example, Trace, read_trace
 from mot_lora.errors import DivergedError
 from mot_lora.reader import demo_path
 from mot_lora.records import TrainRecord
-from mot_lora.training import branch, trainer
-from mot_lora.training.branch import add_adapter, reset_adapter, train
+from mot_lora.training import adapter, branch, trainer
+from mot_lora.training.adapter import add_adapter, reset_adapter
+from mot_lora.training.branch import train
 from mot_lora.training.liger import uses_liger
 from mot_lora.training.student import load_model, read_weight
 
@@ -145,14 +147,14 @@ def test_experts_are_no_linear_layers_and_the_advice_is_right(
     bases: dict[str, Path], targets: str | tuple[str, ...]
 ) -> None:
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.\w+ is no linear layer but Qwen3Moe\w+; take of \[") as e:
-        branch.check_targets(bases["moe"], LoraConfig(target_modules=targets))
+        adapter.check_targets(bases["moe"], LoraConfig(target_modules=targets))
     advised = tuple(str(e.value).rpartition("[")[2].rstrip("]").split(","))
     assert advised == ("k_proj", "o_proj", "q_proj", "v_proj")
-    branch.check_targets(bases["moe"], LoraConfig(target_modules=advised))
+    adapter.check_targets(bases["moe"], LoraConfig(target_modules=advised))
     with pytest.raises(
         UserError, match=r"cannot be had \(Target module Qwen3MoeExperts.*; the student has k_proj, o_proj"
     ):
-        branch.check_targets(bases["moe"], LoraConfig(target_modules=("q_proj", "experts")))
+        adapter.check_targets(bases["moe"], LoraConfig(target_modules=("q_proj", "experts")))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

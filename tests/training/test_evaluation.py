@@ -17,10 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, EvalConfig, LoraConfig
-from mot_lora.data.chat import collate, encode, load_tokenizer, prompt_text
+from mot_lora.data.chat import prompt_text
+from mot_lora.data.encoding import collate, encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Example, Question, Trace
 from mot_lora.errors import UserError
-from mot_lora.training.branch import add_adapter, reset_adapter
+from mot_lora.training.adapter import add_adapter, reset_adapter
 from mot_lora.training.decoding import Layer
 from mot_lora.training.evaluation import LOSS_TOKENS, AtOnce, evaluate, generate, held_out_losses, loss_tokens
 from mot_lora.training.student import load_model

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mot_lora.config import LoraConfig
-from mot_lora.training.branch import add_adapter
+from mot_lora.training.adapter import add_adapter
 from mot_lora.training.liger import fused
 from mot_lora.training.loss import batch_loss
 

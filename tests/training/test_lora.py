@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.weights import dense, read_weight
 from mot_lora.config import BranchConfig, LoraConfig
-from mot_lora.training.branch import add_adapter, reset_adapter, set_checkpoints
+from mot_lora.training.adapter import add_adapter, reset_adapter
+from mot_lora.training.branch import set_checkpoints
 from mot_lora.training.lora import LoraProduct, one_product
 from mot_lora.training.loss import batch_loss
 from mot_lora.training.student import load_model

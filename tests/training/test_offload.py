@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from mot_lora.config import BranchConfig
-from mot_lora.data.chat import encode, load_tokenizer
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace
 from mot_lora.errors import UserError
 from mot_lora.reader import demo_path, parse_config

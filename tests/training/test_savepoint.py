@@ -17,13 +17,15 @@ from test_branch import factors, new_model, same, settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedTokenizerBase
 
-from mot_lora.data.chat import encode, load_tokenizer
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Example, Trace
 from mot_lora.durable import DamagedError, write_record
 from mot_lora.interruption import Shield, signals_raise
 from mot_lora.records import TrainRecord
 from mot_lora.runs.rundir import RunDir
-from mot_lora.training.branch import reset_adapter, train
+from mot_lora.training.adapter import reset_adapter
+from mot_lora.training.branch import train
 from mot_lora.training.job import Job
 from mot_lora.training.savepoint import is_sealed, newest, remember_randomness, seal
 

@@ -23,7 +23,7 @@ from mot_lora.checkpoints.tensorfile import write_tensors
 from mot_lora.config import LoraConfig
 from mot_lora.merging.lowrank import Adapter, Factors
 from mot_lora.merging.merged import Merged
-from mot_lora.training.branch import add_adapter
+from mot_lora.training.adapter import add_adapter
 from mot_lora.training.student import AHEAD, fold, load_model, read_weight
 
 CPU = torch.device("cpu")

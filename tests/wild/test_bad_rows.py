@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from wild import jsonl, recipe, rows, student
 
 from mot_lora.config import Config, TeacherConfig
-from mot_lora.data.chat import load_tokenizer
+from mot_lora.data.dataset import load_data
 from mot_lora.data.overlap import Overlap
-from mot_lora.data.select import Choice, load_data
+from mot_lora.data.select import Selection
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.errors import UserError
 from mot_lora.reader import parse_config
 from mot_lora.records import DataRecord
@@ -221,7 +222,7 @@ def test_the_commands_show_what_is_left_out(base: tuple[Path, Any], tmp_path: Pa
 def test_a_trace_that_no_tokens_could_make_short_is_not_tokenized(
     base: tuple[Path, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    which = Choice(TeacherConfig(name="a", data="a"), base[1], Overlap((), 13), 64)
+    which = Selection(TeacherConfig(name="a", data="a"), base[1], Overlap((), 13), 64)
     monkeypatch.setattr("mot_lora.data.select.encode", lambda *_: pytest.fail("tokenized"))
     long = {"question": "q", "response": "<think>" + "so 1 + 1 = 2. " * 100_000 + "</think>2"}
     assert which.choose([("row 1", long)], 0) == []

@@ -8,9 +8,11 @@ import pytest
 from pyarrow import parquet
 from wild import student
 
-from mot_lora.data.chat import encode, load_tokenizer, prompt_text, segments
+from mot_lora.data.chat import prompt_text
 from mot_lora.data.conversation import ROLES, read_turns
+from mot_lora.data.encoding import encode, segments
 from mot_lora.data.rows import read_rows
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace, read_question, read_trace
 from mot_lora.errors import RowError, UserError
 

@@ -11,7 +11,8 @@ from conftest import refused
 from transformers import AutoModelForCausalLM
 from wild import jsonl, llama, recipe, rows, tokenizer
 
-from mot_lora.data.chat import collate, encode, load_tokenizer
+from mot_lora.data.encoding import collate, encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace
 from mot_lora.training.loss import batch_loss
 

@@ -17,7 +17,7 @@ from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import LoraConfig
 from mot_lora.merging.lowrank import Adapter, Factors
 from mot_lora.merging.merged import combine
-from mot_lora.training.branch import add_adapter
+from mot_lora.training.adapter import add_adapter
 from mot_lora.training.student import fold, load_model
 
 TINY: dict[str, Any] = {k: TEXT[k] for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mot_lora.data.quantities import moment, quantity, same_moment, same_quantity, unit
+from mot_lora.data.moments import moment, same_moment
+from mot_lora.data.quantities import quantity, same_quantity
 from mot_lora.data.scoring import is_right
+from mot_lora.data.units import unit
 
 quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 rationals = st.builds(Fraction, st.integers(-(10**12), 10**12), st.integers(1, 10**6))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mot_lora.data.columns import right_answers
+from mot_lora.data.gold import right_answers
 from mot_lora.data.scoring import is_right
 from mot_lora.data.traces import Example, Trace, read_question, read_trace, read_traces, settled
 from mot_lora.errors import RowError

@@ -7,7 +7,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from wild import CHATML, tokenizer
 
-from mot_lora.data.chat import encode, prompt_text, token_ids
+from mot_lora.data.chat import prompt_text
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import token_ids
 from mot_lora.data.traces import Trace
 
 ZEPHYR = (

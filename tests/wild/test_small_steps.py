@@ -16,7 +16,8 @@ from wild import jsonl, recipe, rows
 from wild import student as make_student
 
 from mot_lora import load_config, run
-from mot_lora.data.chat import encode, load_tokenizer
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Example, Trace
 from mot_lora.errors import DivergedError
 from mot_lora.training.branch import train

@@ -13,10 +13,11 @@ from wild import jsonl, llama, recipe, rows, tokenizer
 
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import EvalConfig, LoraConfig
-from mot_lora.data.chat import load_tokenizer, prompt_text, stop_ids
+from mot_lora.data.chat import prompt_text, stop_ids
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Question
 from mot_lora.training import evaluation
-from mot_lora.training.branch import add_adapter
+from mot_lora.training.adapter import add_adapter
 from mot_lora.training.student import load_model
 
 Call = Callable[..., tuple[int, str, str]]

@@ -8,7 +8,9 @@ import pytest
 from transformers.utils import chat_template_utils
 from wild import CHATML, jsonl, recipe, rows, student, tokenizer
 
-from mot_lora.data.chat import encode, load_tokenizer, prompt_text
+from mot_lora.data.chat import prompt_text
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace
 
 Call = Callable[..., tuple[int, str, str]]

@@ -10,7 +10,9 @@ from conftest import refused
 from transformers import PreTrainedTokenizerBase
 from wild import jsonl, recipe, student
 
-from mot_lora.data.chat import EndedError, encode, load_tokenizer, prompt_text, unmarked
+from mot_lora.data.chat import EndedError, prompt_text, unmarked
+from mot_lora.data.encoding import encode
+from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace, read_trace
 from mot_lora.errors import UserError
 

@@ -10,15 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 from wild import tokenizer
 
-from mot_lora.data.chat import (
-    Template,
-    answer_text,
-    encode,
-    prompt_text,
-    stop_ids,
-    token_ids,
-)
+from mot_lora.data.chat import Template, prompt_text, stop_ids
+from mot_lora.data.encoding import answer_text, encode
 from mot_lora.data.scoring import final_answer
+from mot_lora.data.tokenizer import token_ids
 from mot_lora.data.traces import IGNORE, Trace
 from mot_lora.errors import UserError
 
