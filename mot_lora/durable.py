@@ -1,4 +1,7 @@
-"""Files that are whole or not there, and known to be as they were written."""
+"""Files that are whole or not there, and known to be as they were written.
+
+The standard library renames files one by one; atomicwrites, which is not maintained, has no folders and no checksums.
+"""
 
 import hashlib
 import json

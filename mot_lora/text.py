@@ -1,4 +1,7 @@
-"""A line that fits its width: of its parts, what counts least gives way first."""
+"""A line that fits its width: of its parts, what counts least gives way first.
+
+rich's tables would shorten all columns alike and drop none; its file sizes count in thousands.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

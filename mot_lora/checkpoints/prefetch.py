@@ -1,4 +1,7 @@
-"""Work that a thread does before its result is asked for."""
+"""Work that a thread does before its result is asked for.
+
+From Python 3.14 on, `Executor.map(..., buffersize=n)` would do.
+"""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable

@@ -1,4 +1,7 @@
-"""What a cell of a row holds: nothing, a text, or a list or an object that a table has written as text."""
+"""What a cell of a row holds: nothing, a text, or a list or an object that a table has written as text.
+
+pandas would read a column as one type; here each cell is read for itself.
+"""
 
 import ast
 import json

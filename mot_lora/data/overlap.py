@@ -1,4 +1,8 @@
-"""Whether a question was seen before: the same text, or a long run of the same words."""
+"""Whether a question was seen before: the same text, or a long run of the same words.
+
+datasketch and the like estimate how much whole texts have in common; a shared run of words, in scripts without blanks
+too, is found exactly here.
+"""
 
 import re
 import unicodedata

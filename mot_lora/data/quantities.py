@@ -1,4 +1,7 @@
-"""Numbers with their units, as people write them, and when two of them are the same."""
+"""Numbers with their units, as people write them, and when two of them are the same.
+
+pint knows units but not how answers write them: LaTeX degrees, money, clock times, a month that is no number of days.
+"""
 
 import re
 from dataclasses import dataclass

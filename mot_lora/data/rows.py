@@ -1,4 +1,8 @@
-"""The rows of a data source: JSONL, JSON, CSV, parquet, a saved dataset, one of the Hub, or a generated one."""
+"""The rows of a data source: JSONL, JSON, CSV, parquet, a saved dataset, one of the Hub, or a generated one.
+
+datasets would want one type a column and give up a file at the first row that has another; what is saved by it, or on
+the Hub, it reads.
+"""
 
 import csv
 import gzip

@@ -168,7 +168,8 @@ def elected(texts: Sequence[str]) -> str:
 def wilson(mean: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a mean of n scores in [0, 1]; z = 1.96 gives 95 %.
 
-    (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). For fractional scores (avg@n) it is conservative.
+    (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). For fractional scores (avg@n), which
+    scipy.stats.binomtest does not take, it is conservative.
 
     Errors: UserError for n < 1.
 

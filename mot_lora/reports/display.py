@@ -1,4 +1,8 @@
-"""The live display of long work: lines that renew themselves in a terminal or a notebook, a log elsewhere."""
+"""The live display of long work: lines that renew themselves in a terminal or a notebook, a log elsewhere.
+
+rich.progress would write nothing to a log before the end, need ipywidgets in a notebook, and shorten all columns alike
+on a narrow terminal; on a terminal it is rich that draws.
+"""
 
 import math
 import re

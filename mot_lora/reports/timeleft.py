@@ -1,4 +1,8 @@
-"""How long work still takes, from what has been seen of it. Times are seconds of any clock that only goes forward."""
+"""How long work still takes, from what has been seen of it. Times are seconds of any clock that only goes forward.
+
+rich.progress would know the time left of the task at work alone, not of the stages after it, and nothing while a step
+takes longer than its window of 30 seconds.
+"""
 
 from collections.abc import Iterable
 
