@@ -1,12 +1,21 @@
-"""What the commands share: options, and how they say what they did as JSON."""
+"""What the commands share: arguments and options, and how they say what they did as JSON."""
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, e.g. recipes/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that replace the file's, e.g. rounds=2")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
+Student = Annotated[
+    str | None, typer.Option(metavar="PATH", help="where the run's student is now, if it was moved to another place")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
