@@ -10,7 +10,7 @@ from mot_lora.errors import UserError
 
 Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="PEFT LoRA folders or Hub names")]
 Method = Annotated[
-    str | None, typer.Option(help="linear, ties, dare_linear, dare_ties, della, sce, or module:function of your own")
+    str | None, typer.Option(help="linear unless given, or what else `merge.method` of a config may be, e.g. ties")
 ]
 Weights = Annotated[
     str | None, typer.Option(help="one number an adapter, e.g. 2,1,1; equal unless given; 1,-1 subtracts")
