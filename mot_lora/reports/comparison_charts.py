@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mot_lora.analysis.comparison import ArmSummary, BudgetSummary, Comparison, Reference
 from mot_lora.analysis.statistics import Estimate
 from mot_lora.analysis.wording import ADDED, MERGES, Metric, label, parts
-from mot_lora.reports.charts import COLORS, INK, MARKS, WIDTH, blank, styled
+from mot_lora.reports.figures import COLORS, INK, MARKS, WIDTH, blank, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

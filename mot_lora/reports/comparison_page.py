@@ -7,9 +7,9 @@ from mot_lora.analysis.comparison import BudgetSummary, Comparison, Reference
 from mot_lora.analysis.findings import findings
 from mot_lora.analysis.statistics import Estimate
 from mot_lora.analysis.wording import BUDGETS, label, listed, number, signed, unit
-from mot_lora.reports import comparison_charts as charts
-from mot_lora.reports.charts import svg
+from mot_lora.reports import comparison_charts as draw
 from mot_lora.reports.comparison_tables import costs, differences, forgetting, forgetting_sets, results, rounds
+from mot_lora.reports.figures import svg
 from mot_lora.reports.grid import Grid
 from mot_lora.reports.html import Figure, render
 
@@ -93,7 +93,7 @@ def _scores(comparison: Comparison, budget: BudgetSummary) -> Part:
     if not known:
         return Part()
     found = ", ".join(f"{label(a.arm)} {number(s.mean, metric)}{_spoken(s, comparison)}" for a, s in known)
-    picture = svg(charts.scores(comparison, budget), f"scores-{budget.budget}", f"Scores by arm: {found}.")
+    picture = svg(draw.scores(comparison, budget), f"scores-{budget.budget}", f"Scores by arm: {found}.")
     caption = (
         f"With {BUDGETS[budget.budget]}: mean and 95 % interval over seeds, faint points are single seeds. "
         f"{'Right' if metric == 'accuracy' else 'Left'} is better. "
@@ -110,7 +110,7 @@ def _differences(comparison: Comparison, budget: BudgetSummary, reference: Refer
     told = ", ".join(f"{label(a)} {signed(e.mean, metric)}{_spoken(e, comparison, signs=True)}" for a, e in found)
     to = label(budget.reference(reference) or "")
     picture = svg(
-        charts.differences(comparison, budget, reference),
+        draw.differences(comparison, budget, reference),
         f"to-{reference}-{budget.budget}",
         f"Differences to {to} in {unit(metric)}: {told}.",
     )
@@ -129,7 +129,7 @@ def _rounds(comparison: Comparison, budget: BudgetSummary) -> Part:
     if not curves:
         return Part()
     found = ", ".join(f"{label(arm)} {' '.join(means)}" for arm, means in curves)
-    picture = svg(charts.rounds(comparison, budget), f"rounds-{budget.budget}", f"Scores by round: {found}.")
+    picture = svg(draw.rounds(comparison, budget), f"rounds-{budget.budget}", f"Scores by round: {found}.")
     caption = (
         f"With {BUDGETS[budget.budget]}: mean over seeds with its 95 % interval. Faint lines are the other arms, the "
         "dotted line is the base. An arm of one round takes all of its steps in it."
@@ -144,7 +144,7 @@ def _forgetting(comparison: Comparison, budget: BudgetSummary) -> Part:
         known = [(a.arm, e) for a in budget.arms if (e := a.forgetting.get(name))]
         found = ", ".join(f"{label(arm)} {signed(e.mean, 'accuracy')}" for arm, e in known)
         picture = svg(
-            charts.forgetting(comparison, budget, name),
+            draw.forgetting(comparison, budget, name),
             f"forgetting{i}-{budget.budget}",
             f"Change on {name} in points: {found}.",
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mot_lora.analysis.confidence import ConsensusRecord, LandscapeRecord, LossLine
 from mot_lora.records import FoldRecord, RoundRecord
-from mot_lora.reports.charts import INK, MARKS, blank, color_of, heat, legend, short_names, styled
+from mot_lora.reports.figures import INK, MARKS, blank, color_of, heat, legend, short_names, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

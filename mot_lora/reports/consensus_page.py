@@ -17,7 +17,7 @@ from mot_lora.analysis.confidence import (
 )
 from mot_lora.records import DataRecord, RoundRecord, RunRecord
 from mot_lora.reports import consensus_charts as draw
-from mot_lora.reports.charts import svg
+from mot_lora.reports.figures import svg
 from mot_lora.reports.grid import Grid, Row
 from mot_lora.reports.html import Figure
 from mot_lora.reports.passages import Passage, passage

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from mot_lora.analysis.confidence import ConsensusRecord
 from mot_lora.records import Answer, DataRecord, EvaluationRecord, RoundRecord, RunRecord
-from mot_lora.reports import charts, run_tables
+from mot_lora.reports import run_charts as draw
+from mot_lora.reports import run_tables
 from mot_lora.reports.consensus_page import consensus_part
+from mot_lora.reports.figures import svg
 from mot_lora.reports.html import Figure, render
 from mot_lora.reports.passages import Passage, generated, passage
 
@@ -88,7 +90,7 @@ def _scores(record: RunRecord) -> list[Figure]:
     metrics: tuple[Literal["accuracy", "loss"], ...] = ("accuracy", "loss")
     for metric in metrics:
         students = [("before", record.before), *((f"round {r.round}", r.evaluation) for r in record.rounds)]
-        known = [f"{name} {_score(e, metric)}" for name, e in students if charts.measured(e, metric) is not None]
+        known = [f"{name} {_score(e, metric)}" for name, e in students if draw.measured(e, metric) is not None]
         if known:
             what, good = ("Accuracy", "Higher") if metric == "accuracy" else ("Held-out loss", "Lower")
             interval = " with its 95\N{NO-BREAK SPACE}% interval" if metric == "accuracy" else ""
@@ -97,7 +99,7 @@ def _scores(record: RunRecord) -> list[Figure]:
                 f"{what}. {good} is better. The line is the merged student{interval}, the marks are each teacher's own "
                 "branch. A merge that is worth it stands beyond its branches."
             )
-            out.append(Figure(charts.svg(charts.score_by_round(record, metric), metric, label), caption))
+            out.append(Figure(svg(draw.score_by_round(record, metric), metric, label), caption))
     return out
 
 
@@ -113,7 +115,7 @@ def _losses(record: RunRecord) -> list[Figure]:
         "good; one that jumps or climbs asks for a lower learning rate. Long curves are smoothed; the faint lines are "
         "not."
     )
-    return [Figure(charts.svg(charts.loss_curves(branches), "steps", label + "."), caption)]
+    return [Figure(svg(draw.loss_curves(branches), "steps", label + "."), caption)]
 
 
 def _agreement(r: RoundRecord) -> list[Figure]:
@@ -124,8 +126,8 @@ def _agreement(r: RoundRecord) -> list[Figure]:
     cosine = f"Cosine of the updates in round {r.round}: {named(r.fold.cosine)}."
     conflict = f"Sign conflict of the updates in round {r.round}: {named(r.fold.opposition)}."
     return [
-        Figure(charts.svg(charts.teacher_pairs(r, "cosine"), f"cosine{r.round}", cosine)),
-        Figure(charts.svg(charts.teacher_pairs(r, "opposition"), f"conflict{r.round}", conflict)),
+        Figure(svg(draw.teacher_pairs(r, "cosine"), f"cosine{r.round}", cosine)),
+        Figure(svg(draw.teacher_pairs(r, "opposition"), f"conflict{r.round}", conflict)),
     ]
 
 
@@ -151,7 +153,7 @@ def _layers(record: RunRecord) -> list[Figure]:
 
 
 def _layer_figure(done: RoundRecord, what: Literal["relative_norm", "survived"], caption: str) -> Figure:
-    return Figure(charts.svg(charts.layer_kinds(done, what), what, f"Round {done.round}: {caption}"), caption)
+    return Figure(svg(draw.layer_kinds(done, what), what, f"Round {done.round}: {caption}"), caption)
 
 
 # --- answers -----------------------------------------------------------------------------------------------

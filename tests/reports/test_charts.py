@@ -10,7 +10,7 @@ import pytest
 from matplotlib import colormaps
 
 from mot_lora.records import BranchRecord, EvaluationRecord, FoldRecord, RoundRecord, RunRecord, TrainRecord
-from mot_lora.reports import charts
+from mot_lora.reports import figures, run_charts
 
 LIGHT, DARK = "#ffffff", "#17171c"
 HOSTILE = '<b>&"$x$ id="z" url(#z)</text>'
@@ -83,18 +83,18 @@ def test_the_contrast_formula_knows_the_ends() -> None:
 
 @pytest.mark.parametrize("page", [LIGHT, DARK])
 def test_marks_are_seen_on_light_and_on_dark(page: str) -> None:
-    assert min(contrast(color, page) for color in charts.COLORS) >= 3
+    assert min(contrast(color, page) for color in figures.COLORS) >= 3
 
 
 def test_the_first_24_teachers_look_different() -> None:
     run = a_run(branches=tuple(a_branch(1, f"t{i}") for i in range(24)))
-    lines = charts.score_by_round(run, "accuracy").axes[0].lines[1:]
+    lines = run_charts.score_by_round(run, "accuracy").axes[0].lines[1:]
     looks = {(line.get_color(), line.get_marker()) for line in lines if str(line.get_label()).startswith("t")}
     assert len(looks) == 24
 
 
 def test_the_page_has_readable_text_on_light_and_on_dark() -> None:
-    css = resources.files("mot_lora").joinpath("reports/report.css").read_text()
+    css = resources.files("mot_lora").joinpath("reports/templates/page.css").read_text()
     schemes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", css)]
     assert len(schemes) == 3  # light, dark, print
     for scheme in schemes:
@@ -109,12 +109,12 @@ def test_the_page_has_readable_text_on_light_and_on_dark() -> None:
 def test_numbers_in_cells_are_readable(name: str) -> None:
     for i in range(101):
         color = colormaps[name](i / 100)
-        text = {"black": "#000000", "white": "#ffffff"}[charts._readable(color)]
+        text = {"black": "#000000", "white": "#ffffff"}[figures._readable(color)]
         assert contrast(text, "#" + "".join(f"{round(255 * x):02x}" for x in color[:3])) >= 4.5
 
 
 def test_scores_stand_at_their_rounds() -> None:
-    axes = charts.score_by_round(a_run(), "accuracy").axes[0]
+    axes = run_charts.score_by_round(a_run(), "accuracy").axes[0]
     merged, a, b = (next(x for x in axes.lines if x.get_label() == n) for n in ("merged student", "a", "b"))
     assert list(merged.get_xdata()) == [0, 1, 2]
     assert list(merged.get_ydata()) == pytest.approx([30, 32.5, 35])
@@ -128,19 +128,19 @@ def test_scores_stand_at_their_rounds() -> None:
 
 def test_an_interval_that_rounding_put_beside_its_mean_is_drawn() -> None:
     none_right = EvaluationRecord(accuracy=0.0, interval=(1e-17, 0.3))
-    bar = charts.score_by_round(a_run(before=none_right), "accuracy").axes[0].collections[0]
+    bar = run_charts.score_by_round(a_run(before=none_right), "accuracy").axes[0].collections[0]
     assert sorted(y for _, y in bar.get_segments()[0]) == pytest.approx([0, 30])
 
 
 def test_losses_have_no_interval_and_no_percent() -> None:
-    axes = charts.score_by_round(a_run(), "loss").axes[0]
+    axes = run_charts.score_by_round(a_run(), "loss").axes[0]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([2.0, 1.9, 1.8])
     assert not axes.collections
 
 
 def test_curves_go_on_across_rounds_after_the_longest_branch() -> None:
     branches = [a_branch(1, "a", (3.0, 2.0)), a_branch(1, "b", (5.0, 4.0, nan, 3.0)), a_branch(2, "a", (1.0,))]
-    axes = charts.loss_curves(branches).axes[0]
+    axes = run_charts.loss_curves(branches).axes[0]
     drawn = [(x.get_label(), list(x.get_xdata()), list(x.get_ydata())) for x in axes.lines if x.get_linestyle() != ":"]
     assert drawn[0] == ("a", [1, 2], [3, 2])
     assert drawn[1][1:] == ([5], [1])
@@ -150,7 +150,7 @@ def test_curves_go_on_across_rounds_after_the_longest_branch() -> None:
 
 def test_long_curves_are_smoothed_over_faint_values() -> None:
     saw = tuple(2.0 + (-1) ** i for i in range(60))
-    faint, smooth = charts.loss_curves([a_branch(1, "a", saw)]).axes[0].lines
+    faint, smooth = run_charts.loss_curves([a_branch(1, "a", saw)]).axes[0].lines
     assert faint.get_alpha() == 0.3
     assert list(faint.get_ydata()) == list(saw)
     assert all(abs(y - 2) <= 1 / 3 for y in smooth.get_ydata())
@@ -158,16 +158,16 @@ def test_long_curves_are_smoothed_over_faint_values() -> None:
 
 
 def test_very_long_curves_are_drawn_by_means() -> None:
-    faint, _ = charts.loss_curves([a_branch(1, "a", tuple(map(float, range(3001))))]).axes[0].lines
+    faint, _ = run_charts.loss_curves([a_branch(1, "a", tuple(map(float, range(3001))))]).axes[0].lines
     xs, ys = list(faint.get_xdata()), list(faint.get_ydata())
-    assert len(xs) <= charts.STEPS
+    assert len(xs) <= run_charts.STEPS
     assert (xs[0], ys[0]) == (6, 5)  # the mean of the steps 1 to 11, whose losses are 0 to 10
     assert (xs[-1], ys[-1]) == (2997, 2996)  # of 2993 to 3001, the last 9
 
 
 @pytest.mark.parametrize(("what", "unit", "own"), [("cosine", 0.1, 1.0), ("opposition", 0.05, 0.0)])
 def test_pairs_have_their_numbers_in_their_cells(what: Any, unit: float, own: float) -> None:
-    axes = charts.teacher_pairs(a_round(names=("a", "b", "c")), what).axes[0]
+    axes = run_charts.teacher_pairs(a_round(names=("a", "b", "c")), what).axes[0]
     cells = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in axes.texts}
     assert cells == {(i, j): f"{own if i == j else unit * (i + j):.2f}" for i in range(3) for j in range(3)}
     assert axes.collections[0].get_array()[1, 2] == pytest.approx(3 * unit)
@@ -176,55 +176,55 @@ def test_pairs_have_their_numbers_in_their_cells(what: Any, unit: float, own: fl
 
 
 def test_many_teachers_have_no_numbers_and_no_minus_zero() -> None:
-    assert not charts.teacher_pairs(a_round(names=tuple("abcdefg")), "cosine").axes[0].texts
+    assert not run_charts.teacher_pairs(a_round(names=tuple("abcdefg")), "cosine").axes[0].texts
     done = a_round()
     done = done.model_copy(update={"fold": done.fold.model_copy(update={"cosine": ((1.0, -0.001), (-0.001, 1.0))})})
-    assert charts.teacher_pairs(done, "cosine").axes[0].texts[1].get_text() == "0.00"
+    assert run_charts.teacher_pairs(done, "cosine").axes[0].texts[1].get_text() == "0.00"
 
 
 def test_modules_go_by_layer_number_and_kind() -> None:
     names = ["m.h.10.a.q", "m.h.2.a.q", "m.h.2.b.q", "m.h.2.mlp.experts.0.up", "m.h.2.mlp.experts.7.up", "x.head"]
-    layers, kinds, values = charts.by_layer(dict(zip(names, [10, 2, 3, 4, 6, None], strict=True)))
+    layers, kinds, values = run_charts.by_layer(dict(zip(names, [10, 2, 3, 4, 6, None], strict=True)))
     assert layers == [("m.h", 2), ("m.h", 10), ("", None)]
     assert kinds == ["a.q", "b.q", "up", "head"]
     assert values == [[2, 10, None], [3, None, None], [5, None, None], [None, None, None]]
 
 
 def test_stacks_of_layers_stay_apart() -> None:
-    layers, kinds, values = charts.by_layer({"see.0.q": 1, "talk.h.0.q": 2, "see.1.q": 3, "talk.h.1.q": inf})
+    layers, kinds, values = run_charts.by_layer({"see.0.q": 1, "talk.h.0.q": 2, "see.1.q": 3, "talk.h.1.q": inf})
     assert layers == [("see", 0), ("see", 1), ("talk.h", 0), ("talk.h", 1)]
     assert (kinds, values) == (["q"], [[1, 3, 2, None]])
 
 
 def test_layers_are_drawn_where_they_belong() -> None:
     modules = {f"m.h.{i}.{k}": fold(size=i + j / 10, survived=1 - i / 10) for i in range(3) for j, k in enumerate("qk")}
-    axes = charts.layer_kinds(a_round(modules=modules), "relative_norm").axes[0]
+    axes = run_charts.layer_kinds(a_round(modules=modules), "relative_norm").axes[0]
     assert axes.collections[0].get_array().tolist() == [pytest.approx([0, 1, 2]), pytest.approx([0.1, 1.1, 2.1])]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["q", "k"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"]
     assert axes.collections[0].get_clim() == (0, 2.1)
-    kept = charts.layer_kinds(a_round(modules=modules), "survived").axes[0].collections[0]
+    kept = run_charts.layer_kinds(a_round(modules=modules), "survived").axes[0].collections[0]
     assert kept.get_clim() == (0, 1)
     assert kept.get_array()[0].tolist() == pytest.approx([1, 0.9, 0.8])
 
 
 @pytest.mark.parametrize("survived", [None, nan, -0.5, 3.0])
 def test_layers_with_odd_values_are_drawn(survived: float | None) -> None:
-    figure = charts.layer_kinds(
+    figure = run_charts.layer_kinds(
         a_round(modules={"m.h.0.q": fold(survived=survived), "head": fold(size=inf)}), "survived"
     )
     low, high = figure.axes[0].collections[0].get_clim()
     assert (low, high) == (min(0, survived or 0), max(1, survived or 0)) or survived != survived
-    charts.svg(figure, "f", "")
+    figures.svg(figure, "f", "")
 
 
 def test_names_that_look_alike_get_numbers() -> None:
     names = [f"a-teacher-of-{i}-forty-characters-in-all" for i in range(3)]
-    assert len(set(charts.short_names(names))) == 3
-    assert max(map(len, charts.short_names(names))) <= 17
+    assert len(set(figures.short_names(names))) == 3
+    assert max(map(len, figures.short_names(names))) <= 17
 
 
-def figures(names: tuple[str, ...], rounds: int, layers: int, steps: int) -> dict[str, Any]:
+def drawn(names: tuple[str, ...], rounds: int, layers: int, steps: int) -> dict[str, Any]:
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
     modules = {f"model.layers.{i}.{k}": fold(0.001 * i) for i in range(layers) for k in kinds}
     done = tuple(a_round(n, {**modules, "lm_head": fold()}, names) for n in range(1, rounds + 1))
@@ -232,13 +232,17 @@ def figures(names: tuple[str, ...], rounds: int, layers: int, steps: int) -> dic
     branches = tuple(a_branch(n, t, losses) for n in range(1, rounds + 1) for t in names)
     run = a_run(branches=branches, rounds=done, best=rounds)
     out = {
-        "accuracy": charts.score_by_round(run, "accuracy"),
-        "loss": charts.score_by_round(run, "loss"),
-        "steps": charts.loss_curves(branches),
+        "accuracy": run_charts.score_by_round(run, "accuracy"),
+        "loss": run_charts.score_by_round(run, "loss"),
+        "steps": run_charts.loss_curves(branches),
     }
     for r in done[-1:]:
-        out["cosine"], out["conflict"] = charts.teacher_pairs(r, "cosine"), charts.teacher_pairs(r, "opposition")
-        out["norm"], out["survived"] = charts.layer_kinds(r, "relative_norm"), charts.layer_kinds(r, "survived")
+        out["cosine"], out["conflict"] = (
+            run_charts.teacher_pairs(r, "cosine"),
+            run_charts.teacher_pairs(r, "opposition"),
+        )
+        out["norm"] = run_charts.layer_kinds(r, "relative_norm")
+        out["survived"] = run_charts.layer_kinds(r, "survived")
     return out
 
 
@@ -253,8 +257,8 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES)
 def test_every_svg_is_whole_and_asks_for_nothing(size: str) -> None:
     ids: list[str] = []
-    for name, figure in figures(*SIZES[size]).items():
-        text = charts.svg(figure, name, f"about {HOSTILE}")
+    for name, figure in drawn(*SIZES[size]).items():
+        text = figures.svg(figure, name, f"about {HOSTILE}")
         root = ElementTree.fromstring(text)
         assert (root.get("role"), root.get("aria-label")) == ("img", f"about {HOSTILE}")
         own = [e.get("id", "") for e in root.iter() if e.get("id")]
@@ -265,7 +269,7 @@ def test_every_svg_is_whole_and_asks_for_nothing(size: str) -> None:
         assert {r.removeprefix("#") for r in references} <= set(own)
         assert not root.findall(f".//{SVG}image")  # drawn in vectors
         assert not re.search(r"<style|<metadata|DejaVu|<script", text)
-        assert charts.INK not in text
+        assert figures.INK not in text
         assert "currentColor" in text
         width = float(root.get("viewBox", "").split()[2])
         for e in root.iter(f"{SVG}text"):
@@ -277,12 +281,12 @@ def test_every_svg_is_whole_and_asks_for_nothing(size: str) -> None:
 
 
 def test_names_are_text_in_the_svg_as_they_are() -> None:
-    text = charts.svg(charts.loss_curves([a_branch(1, "a$b$<i>&", (1.0, 2.0))]), "f", "")
+    text = figures.svg(run_charts.loss_curves([a_branch(1, "a$b$<i>&", (1.0, 2.0))]), "f", "")
     assert "a$b$<i>&" in [e.text for e in ElementTree.fromstring(text).iter(f"{SVG}text")]
 
 
 def test_the_same_figure_gives_the_same_bytes() -> None:
-    one, two = (figures(*SIZES["tiny"]) for _ in range(2))
+    one, two = (drawn(*SIZES["tiny"]) for _ in range(2))
     for name in one:
-        first = charts.svg(one[name], name, "x")
-        assert first == charts.svg(two[name], name, "x")
+        first = figures.svg(one[name], name, "x")
+        assert first == figures.svg(two[name], name, "x")

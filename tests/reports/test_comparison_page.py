@@ -12,10 +12,10 @@ from test_run_page import HOSTILE, Reader, opened, section
 
 from mot_lora.analysis.comparison import ArmRun, Comparison, summarize
 from mot_lora.analysis.findings import findings
-from mot_lora.reports import charts
-from mot_lora.reports import comparison_charts as compare_charts
+from mot_lora.reports import comparison_charts as draw
 from mot_lora.reports.comparison_page import compare_page
 from mot_lora.reports.comparison_tables import grids
+from mot_lora.reports.figures import svg
 
 SECTIONS = (
     "How it was compared",
@@ -161,7 +161,7 @@ def test_names_are_never_markup() -> None:
 def test_points_stand_at_their_values() -> None:
     runs = [a_run("mtd", 0, 0.30), a_run("mtd", 1, 0.34), a_run("linear", 0, 0.41), a_run("linear", 1, 0.43)]
     comparison = summarize(runs)
-    axes = compare_charts.scores(comparison, comparison.budgets[0]).axes[0]
+    axes = draw.scores(comparison, comparison.budgets[0]).axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["MTD (union)", "MoT linear"]
     points = [sorted(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert points == [pytest.approx([30, 34]), pytest.approx([41, 43])]
@@ -178,7 +178,7 @@ def test_points_stand_at_their_values() -> None:
 
 def test_differences_stand_around_0_with_both_intervals() -> None:
     comparison = demo()
-    axes = compare_charts.differences(comparison, comparison.budgets[0], "mtd").axes[0]
+    axes = draw.differences(comparison, comparison.budgets[0], "mtd").axes[0]
     names = [t.get_text() for t in axes.get_yticklabels()]
     assert "MTD (union)" not in names
     assert axes.lines[0].get_xdata() == [0, 0]
@@ -194,14 +194,14 @@ def test_budgets_share_an_axis() -> None:
     runs = [a_run("mtd", s, 0.3 + s / 50) for s in (0, 1)]
     runs += [a_run("mtd", s, 0.7 + s / 50, budgets=("total",)) for s in (0, 1)]
     comparison = summarize(runs)
-    limits = [compare_charts.scores(comparison, b).axes[0].get_xlim() for b in comparison.budgets]
+    limits = [draw.scores(comparison, b).axes[0].get_xlim() for b in comparison.budgets]
     assert limits[0] == limits[1]
     assert limits[0][0] < 30 < 72 < limits[0][1]
 
 
 def test_every_trained_arm_has_a_panel_with_its_band() -> None:
     comparison = demo()
-    panels = [a for a in compare_charts.rounds(comparison, comparison.budgets[0]).axes if a.get_visible()]
+    panels = [a for a in draw.rounds(comparison, comparison.budgets[0]).axes if a.get_visible()]
     assert [a.get_title(loc="left") for a in panels] == [
         "STD a",
         "STD b",
@@ -220,7 +220,7 @@ def test_every_trained_arm_has_a_panel_with_its_band() -> None:
 def test_gain_and_forgetting_are_the_two_axes() -> None:
     runs = [a_run("mtd", s, accuracy=(0.2, 0.3 + s / 50), forgetting={"x": (0.9, 0.7 + s / 50)}) for s in (0, 1)]
     comparison = summarize([*runs, a_run("base", 0, forgetting={"x": (0.9,)})])
-    axes = compare_charts.forgetting(comparison, comparison.budgets[0], "x").axes[0]
+    axes = draw.forgetting(comparison, comparison.budgets[0], "x").axes[0]
     marks = [(x.get_xdata()[0], x.get_ydata()[0]) for x in axes.lines if x.get_marker() not in ("None", "")]
     assert marks == [pytest.approx((11, -19))]
 
@@ -229,21 +229,21 @@ def test_arms_look_different() -> None:
     names = ["base", "std:a", "std:b", "std:c", "mtd", "one_shot", "linear", "ties", "dare_linear", "dare_ties", "vote"]
     names += ["validation", "greedy", "mine", "linear+noisy", "linear+repeated", "ties+noisy", "mtd+noisy"]
     arms = summarize([a_run(name, 0) for name in names]).budgets[0].arms
-    looks = [tuple(compare_charts.look(name, arms).values()) for name in names]
+    looks = [tuple(draw.look(name, arms).values()) for name in names]
     assert len(set(looks)) == len(names)
-    assert compare_charts.look("linear+noisy", arms)["marker"] == compare_charts.look("linear", arms)["marker"]
+    assert draw.look("linear+noisy", arms)["marker"] == draw.look("linear", arms)["marker"]
 
 
 def test_figures_become_svg_with_text() -> None:
     comparison = summarize(some_runs(seeds=2, arms=ADDED))
     budget = comparison.budgets[0]
     for drawn in (
-        compare_charts.scores(comparison, budget),
-        compare_charts.differences(comparison, budget, "std"),
-        compare_charts.rounds(comparison, budget),
-        compare_charts.forgetting(comparison, budget, "copying"),
+        draw.scores(comparison, budget),
+        draw.differences(comparison, budget, "std"),
+        draw.rounds(comparison, budget),
+        draw.forgetting(comparison, budget, "copying"),
     ):
-        root = ElementTree.fromstring(charts.svg(drawn, "x", "a figure"))
+        root = ElementTree.fromstring(svg(drawn, "x", "a figure"))
         text = " ".join("".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text"))
         assert "MoT linear" in text
         assert "noisy" in text
