@@ -1,19 +1,21 @@
 """Adapters of a live PEFT model: out as updates, and a merge of them back in as one more adapter."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import save_and_load
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from mot_lora.adapters.save import pack
-from mot_lora.adapters.tensors import Source
+from mot_lora.adapters.stored import StoredAdapter
+from mot_lora.adapters.updates import updates
 from mot_lora.adapters.wrappers import WRAPPERS, module_name, unwrapped_config
 from mot_lora.checkpoints.weights import read_weight
 from mot_lora.errors import UserError
@@ -23,6 +25,8 @@ from mot_lora.merging.methods import Method
 from mot_lora.patterns import PerModule
 from mot_lora.records import SaveRecord
 
+_state_dicts = cast("Any", save_and_load)  # of a PEFT model, whose types it tells in part
+
 
 def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
     """A copy of one adapter of a live PEFT model, with the scaling it has now; the active one unless `name` is given.
@@ -31,20 +35,21 @@ def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
 
     >>> adapter_from_peft(peft_model, "default").updates.keys()  # doctest: +SKIP
     """
-    name = name or cast("str", model.active_adapter)
+    peft: Any = model
+    name = name or cast("str", peft.active_adapter)
     if name not in model.peft_config:
         raise UserError(f"the model has no adapter `{name}`; it has {', '.join(model.peft_config)}")
-    config = model.peft_config[name].to_dict()
+    config: dict[str, Any] = peft.peft_config[name].to_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it guesses whether embeddings should be saved too
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = _state_dicts.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor.detach().clone() for key, tensor in state.items()}
     config = unwrapped_config(config, tensors)
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"adapter `{name}`: {key} holds numbers that are not finite; train it again")
     base = LiveBase(model)
-    source = Source(
+    stored = StoredAdapter(
         f"adapter `{name}`",
         config,
         {key: tensor.shape for key, tensor in tensors.items()},
@@ -52,7 +57,7 @@ def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
         lambda: base,
         lambda module: base.layer(module).scaling[name],
     )
-    return Adapter(name, source.updates(), config.get("base_model_name_or_path"), config)
+    return Adapter(name, updates(stored), config.get("base_model_name_or_path"), config)
 
 
 def add_merged_adapter(
@@ -92,12 +97,12 @@ def add_merged_adapter(
             )
     packed = pack(combine(adapters, method, weights, density, scale, seed, space), rank, filled=False)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
+    with cast("Any", torch.random).fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on tied weights: the update is the adapters' own
         before = {name: p.requires_grad for name, p in model.named_parameters()}
         modes = [(module, module.training) for module in model.modules()]
         model.add_adapter(new_name, LoraConfig(**packed.config))
-        result = set_peft_model_state_dict(model, packed.tensors, adapter_name=new_name)
+        result = _state_dicts.set_peft_model_state_dict(model, packed.tensors, adapter_name=new_name)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before.get(name, False))
         for module, training in modes:
@@ -118,7 +123,8 @@ class LiveBase:
     def modules(self) -> Mapping[str, nn.Module]:
         """Modules by their names in the base, without the wrappers that PEFT put around and under them."""
         found: dict[str, nn.Module] = {}
-        for wrapped, module in self.model.get_base_model().named_modules():
+        modules: Iterator[tuple[str, nn.Module]] = cast("Any", self.model.get_base_model()).named_modules()
+        for wrapped, module in modules:
             if any(child in WRAPPERS for child, _ in module.named_children()):
                 continue
             name = module_name(wrapped)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, cast
 import torch
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from mot_lora.adapters.tensors import CONFIG_FILE, Base, Source
+from mot_lora.adapters.stored import CONFIG_FILE, Base, StoredAdapter
+from mot_lora.adapters.updates import updates
 from mot_lora.adapters.wrappers import unwrapped_config
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.hub import locate
@@ -77,8 +78,8 @@ def load_adapter(
             f"{folder}: has no {WEIGHTS_FILE}; convert a .bin by loading it in PEFT and "
             "model.save_pretrained(new_folder, safe_serialization=True)"
         )
-    stored = TensorFile(file)
-    if bad := stored.not_finite():
+    tensors = TensorFile(file)
+    if bad := tensors.not_finite():
         raise UserError(f"{file}: {bad} holds numbers that are not finite; train it again")
 
     def opened() -> Base:
@@ -89,10 +90,10 @@ def load_adapter(
             raise UserError(f"{folder}: needs its base's weights to be merged; name it with base= or --base")
         return Layout(Checkpoint.open(cast("str", said)))
 
-    shapes = {key: entry.shape for key, entry in stored.entries.items()}
+    shapes = {key: entry.shape for key, entry in tensors.entries.items()}
     config = unwrapped_config(config, shapes)
-    source = Source(str(file), config, shapes, lambda key: stored.read(key, device), opened)
-    return Adapter(name or Path(path).resolve().name, source.updates(), config.get("base_model_name_or_path"), config)
+    stored = StoredAdapter(str(file), config, shapes, lambda key: tensors.read(key, device), opened)
+    return Adapter(name or Path(path).resolve().name, updates(stored), config.get("base_model_name_or_path"), config)
 
 
 def _deeper(folder: Path) -> str:
@@ -111,17 +112,17 @@ def _read_config(path: Path) -> dict[str, Any]:
         what = "a full model, not an adapter" if (path / "config.json").exists() else "not an adapter folder"
         raise UserError(f"{path}: {what}: it has no {CONFIG_FILE}{_deeper(path)}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{file}: not JSON ({e})") from e
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(config, dict) or cast("dict[str, Any]", config).get("peft_type") != "LORA":
         raise UserError(f"{file}: not a LoRA adapter; only peft_type LORA can be merged")
     try:
         _Asked.model_validate(config)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         raise UserError(f"{file}: {first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from e
-    return config
+    return cast("dict[str, Any]", config)
 
 
 def two_names(adapters: Sequence[Adapter]) -> tuple[tuple[Adapter, str], tuple[Adapter, str]] | None:

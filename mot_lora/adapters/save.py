@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mot_lora.adapters.load import WEIGHTS_FILE, check_names
-from mot_lora.adapters.tensors import CONFIG_FILE
+from mot_lora.adapters.stored import CONFIG_FILE
 from mot_lora.adapters.wrappers import PREFIX
 from mot_lora.checkpoints.tensorfile import write_tensors
 from mot_lora.errors import UserError, writing
@@ -60,10 +60,14 @@ def write_packed(packed: Packed, path: Path) -> None:
     """An adapter's folder: the weights, then the config, each whole or as it was."""
     entries = {name: (t.dtype, t.shape) for name, t in packed.tensors.items()}
     path.mkdir(parents=True, exist_ok=True)
-    for name, write in (
-        (WEIGHTS_FILE, lambda to: write_tensors(to, entries, packed.tensors.items())),
-        (CONFIG_FILE, lambda to: to.write_text(json.dumps(packed.config, indent=2) + "\n", encoding="utf-8")),
-    ):
+
+    def write_weights(to: Path) -> None:
+        write_tensors(to, entries, packed.tensors.items())
+
+    def write_config(to: Path) -> None:
+        to.write_text(json.dumps(packed.config, indent=2) + "\n", encoding="utf-8")
+
+    for name, write in ((WEIGHTS_FILE, write_weights), (CONFIG_FILE, write_config)):
         partial = path / f".{name}.partial"
         try:
             write(partial)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mot_lora.adapters.bases import compare
 from mot_lora.adapters.load import load_adapter, two_names
-from mot_lora.adapters.tensors import Made
+from mot_lora.adapters.updates import LazyUpdates
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.layout import Layout
 from mot_lora.errors import UserError, remark
@@ -64,7 +64,8 @@ def _read(source: Any) -> Adapter:
         return source
     from mot_lora.adapters.live import adapter_from_peft  # peft takes seconds to load
 
-    model, name = source if isinstance(source, tuple) else (source, None)
+    pair = cast("tuple[Any, str]", source) if isinstance(source, tuple) else (source, None)
+    model, name = pair
     while not hasattr(model, "get_base_model") and hasattr(model, "module"):  # DataParallel, DDP, DeepSpeed
         model = model.module
     if not hasattr(model, "get_base_model"):
@@ -100,7 +101,7 @@ def _renamed(updates: Mapping[str, Update], layout: Layout) -> Mapping[str, Upda
         return spot.name.removesuffix(".weight") if spot.is_whole else module
 
     names = {module: name(module) for module in updates}
-    if isinstance(updates, Made):
+    if isinstance(updates, LazyUpdates):
         return replace(updates, makers={names[module]: make for module, make in updates.makers.items()})
     return {names[module]: update for module, update in updates.items()}
 

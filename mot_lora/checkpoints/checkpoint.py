@@ -72,8 +72,8 @@ class Checkpoint:
     def _refuse_quantized(self, weights: bool) -> None:
         method = method_of(self.stored_config)
         # where the config says nothing, the weights are looked at when they are wanted
-        seen = self._tensors if weights else self._tensors_to_come() if method else {}
-        if why := why_quantized(seen):
+        seen = self._tensors if weights else self._tensors_to_come() if method else None
+        if seen and (why := why_quantized(seen)):
             raise UserError(
                 f"{self.name}: its weights are stored quantized ({f'{method}: ' if method else ''}{why}), so small "
                 "updates would be lost in every fold; give the original 16-bit model, it is quantized in memory"
@@ -178,8 +178,8 @@ class Checkpoint:
 
     def _may_lack(self, name: str) -> bool:
         """Whether a tensor is the head of a model that ties it to the embedding, so that it need not be stored."""
-        said = [self.config, *(v for k, v in self.config.items() if k.endswith("_config") and isinstance(v, dict))]
-        return name.endswith("lm_head.weight") and any(c.get("tie_word_embeddings") for c in said)
+        inner: list[Any] = [v for k, v in self.config.items() if k.endswith("_config") and isinstance(v, dict)]
+        return name.endswith("lm_head.weight") and any(c.get("tie_word_embeddings") for c in (self.config, *inner))
 
     @property
     def remarks(self) -> list[str]:

@@ -68,7 +68,8 @@ def fold_placement(
         with writing(out):
             partial.mkdir(parents=True)
             kept = _write(placement, partial, progress)
-            for file, text in (texts(kept) if texts else {}).items():
+            written = texts(kept) if texts else dict[str, str]()
+            for file, text in written.items():
                 (partial / file).write_text(text, encoding="utf-8")
             if verify:
                 verify_placement(placement, partial, progress)
@@ -155,7 +156,7 @@ def _round(base: Tensor, delta: Tensor, to: torch.dtype, exact: torch.dtype) -> 
     rows = max(1, BLOCK * len(base) // max(1, base.numel()))
     totals = torch.empty_like(base[:rows], dtype=exact)
     square = lost = 0.0
-    for out, w, d in zip(folded.split(rows), base.split(rows), delta.split(rows), strict=True):
+    for out, w, d in zip(*(torch.split(t, rows) for t in (folded, base, delta)), strict=True):
         total = totals[: len(w)].copy_(w).add_(d)
         out.copy_(total)
         flat = d.reshape(-1)

@@ -1,6 +1,7 @@
 """Folders of models and adapters, on this disk or downloaded from the Hub."""
 
 from pathlib import Path
+from typing import Any, cast
 
 from mot_lora.errors import UserError
 
@@ -17,11 +18,13 @@ def download(
     name: str, patterns: list[str] | None = None, kind: str = "model", ignore: list[str] | None = None
 ) -> Path:
     """The folder of a Hub repository, its files that match the patterns downloaded once into the Hub's cache."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore))
+        return Path(
+            cast("Any", huggingface_hub).snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore)
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"{name}: neither a folder here nor a {kind} on the Hub that can be had now ({reason})") from e

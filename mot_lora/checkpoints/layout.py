@@ -60,7 +60,7 @@ class Layout:
         said = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            config = transformers.AutoConfig.from_pretrained(self.checkpoint.path)
+            config = cast("Any", transformers.AutoConfig).from_pretrained(self.checkpoint.path)
             with torch.device("meta"):
                 return kind(config) if names else kind.from_config(config)
         finally:
@@ -105,7 +105,7 @@ class Layout:
             return config
         said: Any = self.model.config
         apart = _untied(config, said)
-        return config if type(said).from_dict(deepcopy(apart)).tie_word_embeddings else apart
+        return config if cast("Any", type(said)).from_dict(deepcopy(apart)).tie_word_embeddings else apart
 
     def _shares(self, name: str, other: str) -> bool:
         stored = [self.holders.get(n) for n in (name, other)]

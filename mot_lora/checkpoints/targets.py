@@ -52,11 +52,11 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     if not any(config.get(key) for key in ("exclude_modules", "layers_to_transform", "modules_to_save")):
         return bool(re.fullmatch(targets, module)) if isinstance(targets, str) else _any_ends(module, targets)
     from peft import LoraConfig  # its own rule for the rare cases: it takes seconds to load
-    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.tuners import tuners_utils
 
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     asked: Any = LoraConfig(**cast("Any", {k: config.get(k) for k in keys}))
-    return bool(check_target_module_exists(asked, module))
+    return bool(cast("Any", tuners_utils).check_target_module_exists(asked, module))
 
 
 def _any_ends(module: str, targets: Any) -> bool:

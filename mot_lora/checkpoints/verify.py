@@ -118,7 +118,7 @@ def _compare(written: Tensor, base: Tensor, delta: Tensor) -> VerifiedTensor:
     info = torch.finfo(written.dtype)
     # sums in fp32 are off by their own rounding, which is more than a step where W and D nearly cancel
     slack = float(delta.abs().max()) * 2**-20 if info.bits < 32 and delta.numel() else 0.0
-    for new, old, d in zip(*(t.flatten().split(ROWS) for t in (written, base, delta)), strict=True):
+    for new, old, d in zip(*(torch.split(t.flatten(), ROWS) for t in (written, base, delta)), strict=True):
         new, old, d = new.double(), old.double(), d.double()
         target = old + d
         _, exponent = torch.frexp(torch.maximum(target.abs(), new.abs()).clamp(min=info.tiny))

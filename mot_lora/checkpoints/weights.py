@@ -47,7 +47,7 @@ def write_weight(layer: nn.Module, value: Tensor) -> None:
     weight = cast("Any", layer.weight)
     value = value.to(weight.device)
     if isinstance(layer, Linear4bit):
-        codes, state = bnb.quantize_4bit(
+        codes, state = cast("Any", bnb).quantize_4bit(
             value.float().contiguous(),
             blocksize=weight.blocksize,
             compress_statistics=weight.compress_statistics,

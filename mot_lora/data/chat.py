@@ -34,9 +34,9 @@ class Template:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Template":
         """Errors: UserError for a template that takes no question, or several of which none is the default."""
         try:
-            text = tokenizer.get_chat_template()
+            text = cast("Any", tokenizer).get_chat_template()
         except ValueError as e:
-            names = ", ".join(cast("dict[str, str]", tokenizer.chat_template))
+            names = ", ".join(cast("Any", tokenizer).chat_template)
             raise UserError(
                 f"the student's tokenizer has several chat templates ({names}), and none of them is called `default`"
             ) from e
@@ -74,8 +74,8 @@ def _render(
     said = [{**m, "content": [{"type": "text", "text": m["content"]}]} if parts else m for m in messages]
     options: dict[str, Any] = {"enable_thinking": True, "thinking": True} if thinking else {}
     try:
-        text = tokenizer.apply_chat_template(
-            cast("Any", said),
+        text = cast("Any", tokenizer).apply_chat_template(
+            said,
             tools=list(tools) or None,
             chat_template=template,
             tokenize=False,
@@ -116,7 +116,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], t
             f"before it (it begins with {begin}); give what the user says alone"
         )
     # of several templates, one can be for conversations with tools
-    written = pinned(tokenizer.get_chat_template(tools=list(tools))) if tools else template.text
+    written = pinned(cast("Any", tokenizer).get_chat_template(tools=list(tools))) if tools else template.text
     how: dict[str, Any] = {"parts": template.parts, "thinking": template.thinking, "tools": tools}
     try:
         text = _render(tokenizer, written, messages, **how)
@@ -178,5 +178,5 @@ def turn_record(tokenizer: PreTrainedTokenizerBase) -> TurnRecord:
         stop_ids=tuple(ids),
         chain=turn.chain,
         listed=turn.stop in template.ends,
-        date=f"{DATE:%d %B %Y}" if dated(tokenizer.get_chat_template()) else None,
+        date=f"{DATE:%d %B %Y}" if dated(cast("Any", tokenizer).get_chat_template()) else None,
     )

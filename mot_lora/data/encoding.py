@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora.data.chat import Template, prompt_text, stop_ids, unmarked
 from mot_lora.data.marks import ENDS, without_ends
 from mot_lora.data.reasoning import THINK, THINK_END, opens_chain
-from mot_lora.data.tokenizer import token_ids
+from mot_lora.data.tokenizer import text_of_ids, token_ids
 from mot_lora.data.traces import IGNORE, Example, Trace
 from mot_lora.records import Segment
 
@@ -53,7 +53,7 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[i
     be such, and are needed to find the answer.
     """
     drop = {*stop_ids(tokenizer), cast("int", tokenizer.pad_token_id)}
-    text = cast("str", tokenizer.decode([i for i in ids if i not in drop], skip_special_tokens=False))
+    text = text_of_ids(tokenizer, (i for i in ids if i not in drop))
     template = Template.of(tokenizer)
     words = template.turn.read(
         without_ends(text, (*template.ends, template.turn.stop, template.turn.tail.strip(), *ENDS))
@@ -67,7 +67,7 @@ def segments(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[Segm
     parts = zip([0, *cuts], [*cuts, len(example)], strict=True)
     return tuple(
         Segment(
-            text=cast("str", tokenizer.decode(list(example.input_ids[i:j]), skip_special_tokens=False)),
+            text=text_of_ids(tokenizer, example.input_ids[i:j]),
             trained=example.labels[i] != IGNORE,
         )
         for i, j in parts

@@ -10,6 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,7 +126,7 @@ def _line(text: str, where: str, cut: bool) -> Row | RowError:
 def _json(path: Path) -> Iterator[Row | RowError]:
     text = _text(path)
     try:
-        whole = json.loads(text)
+        whole: Any = json.loads(text)
     except json.JSONDecodeError as e:
         if e.msg == "Extra data":  # many a .json holds lines
             yield from _lines(path)
@@ -136,7 +137,7 @@ def _json(path: Path) -> Iterator[Row | RowError]:
         raise UserError(f"{path}: not JSON that can be read ({e})") from e
     if isinstance(whole, dict):
         ((name, inner), *others) = [*cast("dict[str, Any]", whole).items()] or [("", None)]
-        whole = inner if isinstance(inner, list) and not others and name not in MESSAGES else [whole]
+        whole = cast("list[Any]", inner) if isinstance(inner, list) and not others and name not in MESSAGES else [whole]
     if not isinstance(whole, list):
         raise UserError(f"{path}: must hold a list of objects like {EXAMPLE}")
     for number, value in enumerate(cast("list[Any]", whole)):
@@ -169,18 +170,16 @@ def _csv(path: Path) -> Iterator[Row | RowError]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingTypeStubs]  # only where it is needed
-
+    arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     try:
-        values = cast("Any", parquet).read_table(path).to_pylist()
-    except (ArrowException, OSError, ValueError) as e:
+        values = parquet.read_table(path).to_pylist()
+    except (arrow.ArrowException, OSError, ValueError) as e:
         raise UserError(f"{path}: not parquet ({_first_line(e)})") from e
     return ((f"{path}[{i}]", row) for i, row in enumerate(values))
 
 
 def _read_dataset(name: str, split: str | None, subset: str | None) -> list[Row]:
-    import datasets
-
+    datasets = import_module("datasets")
     try:
         if any((Path(name) / f).exists() for f in ("state.json", "dataset_dict.json")):
             found: Any = datasets.load_from_disk(name)
@@ -188,6 +187,7 @@ def _read_dataset(name: str, split: str | None, subset: str | None) -> list[Row]
             found = datasets.load_dataset(name, subset, split=split)
             split = None if split else split
         if isinstance(found, dict):
+            found = cast("dict[str, Any]", found)
             chosen = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
             if chosen not in found:
                 raise UserError(f"{name}: name one of its splits in `split`: {', '.join(map(str, found))}")
@@ -204,14 +204,14 @@ def _read_dataset(name: str, split: str | None, subset: str | None) -> list[Row]
 
 def _read_gym(source: str) -> list[Row]:
     try:
-        import reasoning_gym  # pyright: ignore[reportMissingTypeStubs]
+        reasoning_gym = import_module("reasoning_gym")
     except ImportError as e:
         raise UserError(f"{source}: needs reasoning-gym: pip install 'mot-lora[eval]'") from e
     task, _, size = source.removeprefix(GYM).partition(":")
     if size and not (size.isdecimal() and 0 < int(size) < 10**6):
         raise UserError(f"{source}: write reasoning_gym:TASK, or reasoning_gym:TASK:NUMBER for so many problems")
     try:
-        problems: Any = cast("Any", reasoning_gym).create_dataset(task, size=int(size or GYM_SIZE), seed=0)
+        problems: Any = reasoning_gym.create_dataset(task, size=int(size or GYM_SIZE), seed=0)
     except Exception as e:  # of a task that does not exist, or needs settings
         raise UserError(f"{source}: no task of reasoning-gym ({_first_line(e)})") from e
     return [(f"{source}[{i}]", {"question": p["question"], "answer": str(p["answer"])}) for i, p in enumerate(problems)]

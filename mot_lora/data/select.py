@@ -16,7 +16,7 @@ from mot_lora.data.overlap import Overlap, normalized
 from mot_lora.data.reasoning import chain_of
 from mot_lora.data.rows import Row
 from mot_lora.data.scoring import is_right
-from mot_lora.data.tokenizer import NotEmbeddedError, check_tokens
+from mot_lora.data.tokenizer import NotEmbeddedError, check_tokens, text_of_ids
 from mot_lora.data.traces import (
     ENDLESS,
     IGNORE,
@@ -69,7 +69,7 @@ def naming_row(where: str) -> Generator[None]:
     try:
         yield
     except UserError as e:
-        reasons = {EndedError: RUNS_ON, NotEmbeddedError: NOT_EMBEDDED}
+        reasons: dict[type[UserError], str] = {EndedError: RUNS_ON, NotEmbeddedError: NOT_EMBEDDED}
         raise RowError(where, str(e), reasons.get(type(e), UNTAKEN)) from e
 
 
@@ -202,9 +202,8 @@ class Selection:
                 f"{len(self.tokenizer)} has not; was it tokenized for another model?"
             )
         n = example.prompt_length
-        prompt = cast("str", self.tokenizer.decode(list(example.input_ids[:n]), skip_special_tokens=True))
-        trained = [y for y in example.labels if y != IGNORE]
-        completion = cast("str", self.tokenizer.decode(trained, skip_special_tokens=False))
+        prompt = text_of_ids(self.tokenizer, example.input_ids[:n], special=False)
+        completion = text_of_ids(self.tokenizer, (y for y in example.labels if y != IGNORE))
         return Trace(({"role": "user", "content": prompt},), completion)
 
 

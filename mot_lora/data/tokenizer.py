@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,30 +17,29 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     Errors: UserError when there is none, or it has no chat template or no end token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        known = cast("Any", AutoTokenizer).from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:  # what the libraries raise for a damaged one is of a dozen kinds
         raise UserError(f"{path}: its tokenizer cannot be loaded: {[*str(e).splitlines(), repr(e)][0]}") from e
-    if not tokenizer.chat_template:
+    if not known.chat_template:
         raise UserError(f"{path}: its tokenizer has no chat template; use the chat or instruct form of the model")
-    known = cast("Any", tokenizer)
     known.listed_ends, known.embedded = _listed_ends(path), _embeddings(path, trust_remote_code)
-    if tokenizer.eos_token_id is None and known.listed_ends:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(known.listed_ends[0])
-    if tokenizer.eos_token_id is None:
+    if known.eos_token_id is None and known.listed_ends:
+        known.eos_token = known.convert_ids_to_tokens(known.listed_ends[0])
+    if known.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end-of-text token")
     # what is padded is never looked at, but it is embedded
-    pads = [p for p in (tokenizer.pad_token_id, *end_ids(tokenizer)) if isinstance(p, int)]
+    pads: list[int] = [p for p in (known.pad_token_id, *end_ids(known)) if isinstance(p, int)]
     pad = next((p for p in pads if p < (known.embedded or p + 1)), pads[0])
-    if pad != tokenizer.pad_token_id:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    tokenizer.padding_side = "left"
-    return tokenizer
+    if pad != known.pad_token_id:
+        known.pad_token = known.convert_ids_to_tokens(pad)
+    known.padding_side = "left"
+    return known
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what the tokens of a trace depend on: the vocabulary and the chat template."""
-    said = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    depends_on = [sorted(tokenizer.get_vocab().items()), cast("Any", tokenizer).chat_template]
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _listed_ends(path: Path) -> tuple[int, ...]:
@@ -50,15 +49,16 @@ def _listed_ends(path: Path) -> tuple[int, ...]:
             said: Any = json.loads((path / name).read_text(encoding="utf-8"))["eos_token_id"]
         except (OSError, ValueError, LookupError, TypeError):
             continue  # loading the model tells what is wrong with them
-        return tuple(i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int))
+        ends = cast("list[Any]", said) if isinstance(said, list) else [said]
+        return tuple(i for i in ends if isinstance(i, int))
     return ()
 
 
 def _embeddings(path: Path, trust_remote_code: bool) -> int | None:
     """How many tokens the model beside a tokenizer embeds; None where that cannot be told."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return cast("int | None", getattr(config.get_text_config(), "vocab_size", None))
+        config = cast("Any", AutoConfig).from_pretrained(path, trust_remote_code=trust_remote_code)
+        return getattr(config.get_text_config(), "vocab_size", None)
     except Exception:  # there is no model, or loading it tells what is wrong with it
         return None
 
@@ -85,7 +85,12 @@ class NotEmbeddedError(UserError):
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a rendered text, which has its special ones in it."""
     # verbose would warn of more tokens than the tokenizer's file says, which branch.max_length is for
-    return cast("list[int]", tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    return cast("Any", tokenizer).encode(text, add_special_tokens=False, verbose=False)
+
+
+def text_of_ids(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], special: bool = True) -> str:
+    """The text of tokens, with its special ones unless `special` is False."""
+    return cast("Any", tokenizer).decode(list(ids), skip_special_tokens=not special)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -97,7 +102,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     texts: list[str] = []
     before = begin = 0  # a token is read with what stands before it, on which its spaces can depend
     for end in range(1, len(ids) + 1):
-        said, whole = (cast("str", tokenizer.decode(list(ids[before:e]))) for e in (begin, end))
+        said, whole = (text_of_ids(tokenizer, ids[before:e]) for e in (begin, end))
         if whole.endswith("\N{REPLACEMENT CHARACTER}") and end - begin < 8 and end < len(ids):
             texts.append("")
         else:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mot_lora import UserError, adapter_from_peft, fold_checkpoint, load_adapter, merge_adapters, save_adapter
 from mot_lora.adapters.load import WEIGHTS_FILE
-from mot_lora.adapters.tensors import CONFIG_FILE
+from mot_lora.adapters.stored import CONFIG_FILE
 from mot_lora.checkpoints.targets import REFUSED, REFUSED_INITS
 from mot_lora.merging.lowrank import Adapter, Factors
 
