@@ -1,7 +1,7 @@
-"""Runs: the loop of Merge-of-Thought distillation, its folder on disk, and a round's student as a checkpoint.
+"""Runs: the loop of Merge-of-Thought distillation, the run folder, and the export of a round's student.
 
-A run is a ledger of small adapters: everything else is computed from them. It never writes its own page; the packages
-above do.
+A run is a ledger of small adapters; everything else is computed from them. This package never writes a run's page:
+the packages above do.
 """
 
 import lazy_loader

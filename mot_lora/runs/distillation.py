@@ -64,7 +64,7 @@ def run(
     device, rundir = device_of(config), RunDir(Path(config.output))
     rundir.check_device(config.device, device.type)
     config = rundir.here(config)
-    rundir.check_there(config)
+    rundir.check_inputs(config)
     check_trackers(config.branch.report_to)
     uses_liger(config.branch.liger, device.type == "cuda")
     resolve(config.merge.method)

@@ -1,4 +1,4 @@
-"""A round's student as a full checkpoint, or as one adapter of its base, with its model card."""
+"""Export of a round's student: a full checkpoint or one adapter of the base, with a model card."""
 
 import json
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ def export(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
 ) -> ExportRecord:
-    """Write the student after a round (the best one unless given) as a full checkpoint; say what is left of its update.
+    """Write the student after `round` (default: the best one) as a full checkpoint; report how much of its update survived.
 
-    W_0 + the ledger, rounded once to `dtype`; with tokenizer and model card. Of an update with |D|/|W| below .003 a
-    part rounds away in 16 bits: half of it at .001. fp32 keeps it, and so does `export_adapter`. `student` is where the
-    run's base is now, if neither where it was nor moved along with the run.
+    The weights are W_0 + the ledger, rounded once to `dtype`; tokenizer and model card are included. In 16 bits, part
+    of an update with |D|/|W| below .003 is lost to rounding, half of it at .001; fp32 and `export_adapter` keep it.
+    `student` is the path of the run's base, needed only if the base was moved and not along with the run.
 
-    Errors: UserError when the round is not finished, no round beats the student before, or the base has changed since.
+    Errors: UserError if the round is not finished, no round beats the original student, or the base has changed.
 
     >>> export("runs/quickstart", "student").survived  # doctest: +SKIP
     0.9981
@@ -65,12 +65,13 @@ def export_adapter(
     rank: int | None = None,
     progress: Progress = silent,
 ) -> ExportRecord:
-    """Write what a run's rounds (to the best one unless given) add to its base, as one PEFT adapter of that base.
+    """Write the update of all rounds up to `round` (default: the best one) as one PEFT adapter of the base.
 
-    In fp32 with scaling 1. Exact for linear merges without a `rank`: each module then has the sum of all branches'
-    ranks. Else the best copy of that rank, which keeps |D_r|^2 / |D|^2 of it. The base itself is not needed.
+    The adapter is in fp32 with scaling 1. Without `rank` a linear merge is exported exactly: each module has the sum of
+    all branches' ranks. With `rank` it is the best approximation of that rank, which keeps |D_r|^2 / |D|^2 of the
+    update. The base itself is not needed.
 
-    Errors: UserError as in `export`, and for merges that are not low-rank (TIES, DARE, ...) without a rank.
+    Errors: UserError as in `export`, and for a merge that is not low-rank (TIES, DARE, ...) without `rank`.
 
     >>> export_adapter("runs/quickstart", "adapter", rank=64).survived  # doctest: +SKIP
     0.9996
@@ -83,7 +84,7 @@ def export_adapter(
     if rank is None and any(isinstance(u, Dense) for u in updates.values()):
         method, all_ranks = method_name(ledger[0].method), chosen.config.lora.r * sum(len(m.adapters) for m in ledger)
         raise UserError(
-            f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, all branches'"
+            f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, the sum of all branches' ranks"
         )
     packed = pack(Adapter(out.name, updates, base), rank, progress)
     saved = packed.record
@@ -98,7 +99,7 @@ def export_adapter(
 
 @dataclass(frozen=True)
 class Chosen:
-    """A finished round of a run, every file of it checked."""
+    """A finished round of a run whose files all match their checksums."""
 
     rundir: RunDir
     config: Config
@@ -107,27 +108,27 @@ class Chosen:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The run's base. Errors: UserError as `open_student`."""
+        """The run's base. Errors: UserError, as in `open_student`."""
         return open_student(self.rundir, self.config)
 
 
 def choose(path: str | Path, round: int | None = None, student: str | None = None) -> Chosen:
-    """A run's round, the best one unless given, with its settings as they are here and now. Errors: as in `export`."""
+    """A round of a run (default: the best one), with the run's settings at their current paths. Errors: as in `export`."""
     rundir = RunDir(Path(path))
     config, record = settings(rundir, student), read_run(rundir)
     if record is None:
-        raise UserError(f"{path}: nothing is finished here yet; `mot-lora run` it first")
+        raise UserError(f"{path}: no part of this run is finished yet; run `mot-lora run` first")
     number = record.best if round is None else round
     if number == 0:
-        raise UserError(f"{path}: no round is better than the student before; choose one with --round")
+        raise UserError(f"{path}: no round is better than the original student; choose one with --round")
     if number not in {r.round for r in record.rounds}:
-        raise UserError(f"{path}: round {number} is not finished; it has {len(record.rounds)} rounds")
+        raise UserError(f"{path}: round {number} is not finished; finished rounds: {len(record.rounds)}")
     rundir.check(config)
     return Chosen(rundir, config, record, number)
 
 
 def model_card(chosen: Chosen, kept: str, library: str = "transformers") -> str:
-    """The README of an exported student: base, teachers, merge, what was kept of it, results."""
+    """The README of an exported student: base, teachers, merge, the share of the update that survived, results."""
     config, record, number = chosen.config, chosen.record, chosen.round
     merge = record.rounds[number - 1]
     teachers = "\n".join(f"- {t} (weight {_text(w)})" for t, w in zip(merge.teachers, merge.weights, strict=True))
@@ -163,16 +164,16 @@ Teachers:
 
 
 def _ends(chosen: Chosen) -> dict[str, str]:
-    """generation_config.json, where it must list the end of a turn that was trained and does not."""
+    """generation_config.json with the trained end of turn added, if the base's file does not list it."""
     turn, file = _unlisted(chosen), chosen.checkpoint.path / "generation_config.json"
     if turn is None:
         return {}
-    said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {file.name: json.dumps({**said, "eos_token_id": list(turn.stop_ids)}, indent=2) + "\n"}
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {file.name: json.dumps({**settings, "eos_token_id": list(turn.stop_ids)}, indent=2) + "\n"}
 
 
 def _unlisted(chosen: Chosen) -> TurnRecord | None:
-    """How the student's turn is written, where its end is in no list of ends."""
+    """The format of the student's turn, if the base lists its end nowhere."""
     data = chosen.rundir.data_record()
     return data.turn if data and data.turn and not data.turn.listed else None
 

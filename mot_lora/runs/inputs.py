@@ -1,4 +1,4 @@
-"""What a run reads, its student and its data: told by what they hold, wherever they lie."""
+"""A run's inputs, its student and data, identified by content instead of by path."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -11,10 +11,10 @@ from mot_lora.reader import absolute, at_places
 
 
 def by_content(config: Config, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """The settings as a tree, with the fingerprint of what lies at each place instead of the place, where it is known.
+    """The settings as a tree in which each path with a known fingerprint is replaced by that fingerprint.
 
-    Two of them are alike where the same was asked of the same, whatever its name: a model of the Hub and its copy in a
-    folder, a split of a dataset and the file that it was written to.
+    Two such trees are equal if the settings and the contents of the inputs are, whatever the inputs are called: a model
+    of the Hub and a local copy of it, or a split of a dataset and a file with the same rows.
 
     >>> config = Config(student="owner/model", teachers=({"name": "a", "data": "a.jsonl"},))
     >>> by_content(config, {"student": "c0ffee"})["student"]
@@ -39,38 +39,38 @@ def _by_content(node: Any, fingerprints: Mapping[str, str]) -> Any:
     tree = {key: _by_content(value, fingerprints) for key, value in cast("dict[str, Any]", node).items()}
     data: str | list[str] = tree.get("data") or []
     sources = [data] if isinstance(data, str) else data
-    found = [fingerprints.get(source_name(s, tree["subset"], tree["split"])) for s in sources]
-    if found and all(found):
-        tree |= {"data": found[0] if isinstance(data, str) else found, "subset": None, "split": None}
+    contents = [fingerprints.get(source_name(s, tree["subset"], tree["split"])) for s in sources]
+    if contents and all(contents):
+        tree |= {"data": contents[0] if isinstance(data, str) else contents, "subset": None, "split": None}
     return tree
 
 
 def places(config: Config) -> dict[str, str]:
-    """Where everything is that a run reads, by the key of the setting.
+    """The path of every input of a run, by the key of its setting.
 
     >>> places(Config(student="owner/model", teachers=({"name": "a", "data": "a.jsonl"},)))
     {'student': 'owner/model', 'teachers.0.data': 'a.jsonl'}
     """
-    found: dict[str, str] = {}
-    at_places(config.model_dump(mode="json"), lambda key, place: found.setdefault(key, place))
-    return found
+    paths: dict[str, str] = {}
+    at_places(config.model_dump(mode="json"), lambda key, place: paths.setdefault(key, place))
+    return paths
 
 
 def resolved(config: Config) -> Config:
-    """With the places of what is on this disk as absolute paths: they mean the same in every working directory."""
+    """The config with local paths made absolute, so that they do not depend on the working directory."""
     return _with_places(config, lambda key, place: absolute(place, Path(), "config", key))
 
 
-def found(config: Config, was: Path | None, now: Path) -> Config:
-    """With places where nothing is any more taken from where it is now: as the run's folder moved, from `was` to `now`,
-    or in this machine's cache of the Hub. What is not found stays as it is.
+def relocated(config: Config, was: Path | None, now: Path) -> Config:
+    """The config with missing paths replaced by their new location: moved along with the run's folder, from `was` to
+    `now`, or in this machine's cache of the Hub. A path found in neither stays.
     """
-    return _with_places(config, lambda _, place: _found(place, was, now))
+    return _with_places(config, lambda _, place: _relocated(place, was, now))
 
 
-def gone(config: Config) -> dict[str, str]:
-    """The places at which nothing is, by the key of the setting; names of the Hub are not asked."""
-    return {key: place for key, place in places(config).items() if _is_gone(place)}
+def missing(config: Config) -> dict[str, str]:
+    """The local paths that do not exist, by the key of the setting; names on the Hub are not looked up."""
+    return {key: place for key, place in places(config).items() if _is_missing(place)}
 
 
 def _with_places(config: Config, change: Callable[[str, str], str]) -> Config:
@@ -79,8 +79,8 @@ def _with_places(config: Config, change: Callable[[str, str], str]) -> Config:
     return config if changed == tree else Config.model_validate(changed)
 
 
-def _found(place: str, was: Path | None, now: Path) -> str:
-    if not _is_gone(place):
+def _relocated(place: str, was: Path | None, now: Path) -> str:
+    if not _is_missing(place):
         return place
     moved = [os.path.normpath(now / os.path.relpath(place, was))] if was else []
     _, cached, inside = place.partition("/models--")
@@ -93,5 +93,5 @@ def _found(place: str, was: Path | None, now: Path) -> str:
     return next((path for path in moved if os.path.exists(path)), place)  # noqa: PTH110
 
 
-def _is_gone(place: str) -> bool:
+def _is_missing(place: str) -> bool:
     return os.path.isabs(place) and not os.path.exists(place)  # noqa: PTH110, PTH117

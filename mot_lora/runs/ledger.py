@@ -1,4 +1,4 @@
-"""What a run folder adds up to: the ledger of merged updates, and the record of the whole run."""
+"""The contents of a run folder put together: the ledger of merged updates, and the record of the whole run."""
 
 import torch
 
@@ -9,17 +9,17 @@ from mot_lora.errors import UserError
 from mot_lora.merging.averages import nesterov
 from mot_lora.merging.merged import Merged, combine
 from mot_lora.records import BranchRecord, RoundRecord, RunRecord, StateRecord, score
-from mot_lora.runs.inputs import gone
+from mot_lora.runs.inputs import missing
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training.savepoint import newest, step_of
 
-FINAL = ("samples", "temperature", "top_p", "max_new_tokens", "limit")  # of eval.final, what its record says
+FINAL = ("samples", "temperature", "top_p", "max_new_tokens", "limit")  # settings of eval.final kept in its record
 
 
 def settings(rundir: RunDir, student: str | None = None) -> Config:
-    """What a run was asked, with everything where it is now; its student at a place that is given.
+    """A run's settings with its inputs at their current paths; `student` overrides the student's.
 
-    Errors: UserError when the folder is no run.
+    Errors: UserError if the folder is not a run.
     """
     config = rundir.config()
     return rundir.here(config if student is None else config.model_copy(update={"student": student}))
@@ -28,22 +28,22 @@ def settings(rundir: RunDir, student: str | None = None) -> Config:
 def open_student(rundir: RunDir, config: Config) -> Checkpoint:
     """The student of a run, as it was before the first round.
 
-    Errors: UserError where it is not, or is another one than the run was begun with.
+    Errors: UserError if it is missing or differs from the student that the run started with.
     """
-    if "student" in gone(config):
-        raise UserError(f"{config.student}: the student of {rundir.path} is not there; name its place with --student")
+    if "student" in missing(config):
+        raise UserError(f"{config.student}: the student of {rundir.path} is not there; give its path with --student")
     checkpoint = Checkpoint.open(config.student)
-    said = {"student": None, **rundir.environment().get("inputs", {})}
-    if any(said.get(what, found) != found for what, found in checkpoint.fingerprints().items()):
+    recorded = {"student": None, **rundir.environment().get("inputs", {})}
+    if any(recorded.get(what, current) != current for what, current in checkpoint.fingerprints().items()):
         raise UserError(
-            f"{config.student}: is not the model that {rundir.path} was begun with; bring that one back, or name its "
-            "place with --student"
+            f"{config.student}: not the model that {rundir.path} started with; restore that model, or give its path "
+            "with --student"
         )
     return checkpoint
 
 
 def read_merges(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:
-    """The merged updates of a run's first rounds as each round found them, without momentum.
+    """The merged updates of a run's first `rounds` rounds, before momentum.
 
     Errors: UserError for a round that is not finished.
     """
@@ -60,7 +60,7 @@ def read_merges(rundir: RunDir, rounds: int, device: str | torch.device = "cpu")
 
 
 def read_ledger(rundir: RunDir, rounds: int, device: str | torch.device = "cpu") -> list[Merged]:
-    """What is added to W_0 after a run's first rounds: their merged updates, with the weights that momentum gives them.
+    """The updates added to W_0 by a run's first `rounds` rounds: each round's merge times its weight under momentum.
 
     Errors: UserError for a round that is not finished.
     """
@@ -70,9 +70,9 @@ def read_ledger(rundir: RunDir, rounds: int, device: str | torch.device = "cpu")
 
 
 def read_run(rundir: RunDir) -> RunRecord | None:
-    """What a run folder holds so far; None when nothing is finished. `stopped` is empty while rounds are left to do.
+    """The record of a run so far; None if nothing is finished. `stopped` is empty while rounds remain.
 
-    Errors: UserError when the folder is no run, or a record in it is damaged.
+    Errors: UserError if the folder is not a run, or a record in it is damaged.
     """
     config = rundir.config()
     before = rundir.before()
@@ -105,26 +105,26 @@ def read_run(rundir: RunDir) -> RunRecord | None:
 
 
 def final_due(config: Config, record: RunRecord) -> int | None:
-    """The round that a run whose rounds are done still has to ask as `eval.final` says; 0 is the student before."""
+    """The round that `eval.final` still has to measure once all rounds are done; 0 is the original student."""
     if config.eval.final is None or not record.stopped:
         return None
     number = record.best if config.eval.final.round == "best" else len(record.rounds)
-    asked = (number, *(getattr(config.eval.at_last, key) for key in FINAL))
+    requested = (number, *(getattr(config.eval.at_last, key) for key in FINAL))
     done = record.final
-    return None if done and asked == (done.round, *(getattr(done, key) for key in FINAL)) else number
+    return None if done and requested == (done.round, *(getattr(done, key) for key in FINAL)) else number
 
 
 def read_state(rundir: RunDir) -> StateRecord:
-    """Where a run stands. Errors: UserError when the folder is no run, or a record in it is damaged."""
+    """A run's progress. Errors: UserError if the folder is not a run, or a record in it is damaged."""
     config, record = rundir.config(), read_run(rundir)
     done = len(record.rounds) if record else 0
-    here = [t.name for t in config.teachers if rundir.branch_record(done + 1, t.name)] if done < config.rounds else []
+    trained = [t.name for t in config.teachers if done < config.rounds and rundir.branch_record(done + 1, t.name)]
     saved = {t.name: newest(rundir.job(done + 1, t.name).state) for t in config.teachers}
     return StateRecord(
         rounds_done=done,
         rounds=config.rounds,
-        branches=tuple(here),
-        begun={name: step_of(found[0]) for name, found in saved.items() if found},
+        branches=tuple(trained),
+        begun={name: step_of(state[0]) for name, state in saved.items() if state},
         at_work=rundir.at_work(),
         stopped=record.stopped if record else "",
         final=final_due(config, record) if record else None,

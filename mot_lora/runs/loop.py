@@ -1,4 +1,4 @@
-"""The loop at work: a round's branches, their weights, merge and fold, and what is measured of the student."""
+"""The rounds of a run: train a round's branches, weigh, merge and fold them, and evaluate the student."""
 
 import shutil
 import time
@@ -43,7 +43,7 @@ from mot_lora.training.student import FoldedModule, describe, fold
 
 
 class Train(Protocol):
-    """The seam `train=`: trains the model's one adapter on the examples, in place; `job` is the branch's place on disk.
+    """The seam `train=`: trains the model's one adapter on the examples, in place; `job` has the branch's paths.
     `branch.train` is the default.
     """
 
@@ -61,7 +61,7 @@ class Train(Protocol):
 
 
 class Evaluate(Protocol):
-    """The seam `evaluate=`: measures the model as it is set. `evaluate.evaluate` is the default."""
+    """The seam `evaluate=`: measures the model with its adapter on or off, as set. `evaluation.evaluate` is the default."""
 
     def __call__(
         self,
@@ -78,7 +78,7 @@ class Evaluate(Protocol):
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop at work: the student in memory, always W_0 + the ledger so far, and what it works with."""
+    """A run in progress: the student in memory, always W_0 + the ledger so far, with its data, settings and seams."""
 
     config: Config
     rundir: RunDir
@@ -97,27 +97,27 @@ class Loop:
         write_record(self.rundir.path / "before.json", record.model_copy(update={"files": files}))
 
     def round(self, number: int) -> None:
-        """Train the branches that are not there yet, merge, fold, evaluate; the round's record is written last."""
+        """Train the branches that are not finished, merge, fold, evaluate; the round's record is written last."""
         names = [t.name for t in self.config.teachers]
-        astray: list[str] = []
+        diverged: list[str] = []
         for i, teacher in enumerate(self.config.teachers):
             if self.rundir.branch_record(number, teacher.name):
-                clear(self.rundir.job(number, teacher.name))  # a kill can have left it
+                clear(self.rundir.job(number, teacher.name))  # a killed process can have left it
             else:
-                who = f"round {number}, teacher `{teacher.name}`"
+                branch = f"round {number}, teacher `{teacher.name}`"
                 try:
                     self.branch(number, teacher)
                 except DivergedError as e:
-                    clear(self.rundir.job(number, teacher.name))  # its states lead astray again
-                    astray.append(f"{who} (teachers.{i}.learning_rate=...): {e}")
+                    clear(self.rundir.job(number, teacher.name))  # resumed from its states it would diverge again
+                    diverged.append(f"{branch} (teachers.{i}.learning_rate=...): {e}")
                 except DamagedError:
                     raise
                 except UserError as e:
-                    raise UserError(f"{who}: {e}") from e
-        if astray:
-            if odd := self.checkpoint.not_finite():
-                astray.append(f"{odd} of {self.checkpoint.name} itself holds inf or NaN: give a student that is whole")
-            raise UserError(f"{'; '.join(astray)}; the other branches are kept, the same command goes on")
+                    raise UserError(f"{branch}: {e}") from e
+        if diverged:
+            if damaged := self.checkpoint.not_finite():
+                diverged.append(f"{damaged} of {self.checkpoint.name} itself holds inf or NaN: use an intact student")
+            raise UserError(f"{'; '.join(diverged)}; the other branches are kept, and the same command resumes")
         adapters = [load_adapter(self.rundir.branch(number, name), name, self.model.device) for name in names]
         weighting, m = self.weigh(number, adapters), self.config.merge
         merged = self.merge(number, adapters, weighting.weights)
@@ -139,8 +139,8 @@ class Loop:
             space=m.space,
             seed=merged.seed,
             fold=fold_record(summed(modules.values())),
-            layers={layer: fold_record(found) for layer, found in by_layer(modules).items()},
-            modules={module: fold_record(found) for module, found in modules.items()},
+            layers={layer: fold_record(agreement) for layer, agreement in by_layer(modules).items()},
+            modules={module: fold_record(agreement) for module, agreement in modules.items()},
             fold_seconds=seconds,
             device=describe(self.model.device),
             evaluation=record,
@@ -149,7 +149,7 @@ class Loop:
         write_record(folder / "round.json", done)
 
     def branch(self, number: int, teacher: TeacherConfig) -> None:
-        """Train one teacher's adapter from the round's start, measure it, and save it whole."""
+        """Train one teacher's adapter from the round's initial weights, measure it, and save it atomically."""
         name, settings = teacher.name, self.config.branch
         if teacher.learning_rate is not None:
             settings = settings.model_copy(update={"learning_rate": teacher.learning_rate})
@@ -160,13 +160,13 @@ class Loop:
             self.tokenizer,
             self.data.train[name],
             settings,
-            seed=seed_for(self.config.seed, number, "order"),  # one for all, so that only the teacher differs
+            seed=seed_for(self.config.seed, number, "order"),  # the same for all branches: only the teacher differs
             job=job,
             progress=self.stage(stage),
         )
         measured, answers = self.measure(stage, adapter=True) if self.config.eval.each_branch else (None, [])
         with staged(self.rundir.branch(number, name)) as folder:
-            # embeddings are never trained, and looking for them would ask the Hub
+            # embeddings are never trained, and PEFT would query the Hub for them
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
             write_lines(folder / "answers.jsonl", answers)
             record = BranchRecord(
@@ -187,7 +187,7 @@ class Loop:
         return combine(adapters, m.method, weights, m.density, m.scale, seed_for(self.config.seed, number), m.space)
 
     def weigh(self, number: int, adapters: Sequence[Adapter]) -> Weighting:
-        """What each branch counts: alike, as given, or as `eval.validation` finds."""
+        """The weight of each branch: equal, as given in `merge.weights`, or from the accuracy on `eval.validation`."""
         everyone = range(len(adapters))
         if not self.config.merge.searched:
             return Weighting(self.config.merge.given or (1.0,) * len(adapters), ())
@@ -211,12 +211,12 @@ class Loop:
         accuracies = [accuracy((i,)) for i in everyone]
         if self.config.merge.weights == "validation":
             return by_accuracy(accuracies, len(self.data.validation))
-        found = greedily(accuracies, accuracy)
-        # back to where the round began, from where its fold is measured: each of its modules, with nothing added
+        weighting = greedily(accuracies, accuracy)
+        # the round's fold is measured from the weights at its start: restore every module that the search changed
         nothing = self.merge(number, adapters, (1.0,) * len(adapters)).scaled(0)
         for _ in fold(self.model, self.checkpoint, [*read_ledger(self.rundir, number - 1, self.model.device), nothing]):
             pass
-        return found
+        return weighting
 
     def folded(self, number: int, merged: Merged) -> Iterator[FoldedModule]:
         """Set the model to W_0 + the ledger with this round's merge, module by module."""
@@ -227,16 +227,16 @@ class Loop:
         return fold(self.model, self.checkpoint, ledger, [1 - b / w for w, b in zip(weights, before, strict=True)])
 
     def fold(self, number: int, merged: Merged) -> dict[str, Agreement]:
-        """Fold this round's merge, and measure what became of it."""
+        """Fold this round's merge, and measure how much of each module's update survives."""
         modules: dict[str, Agreement] = {}
         for f in self.folded(number, merged):
             modules[f.module] = agreement_of(merged.adapters, f.module, f.base, f.update, f.change)
             self.progress(f"round {number}, fold", len(modules), len(merged.shapes))
-            del f  # before the next one is made
+            del f  # frees its tensors before the next module's are made
         return modules
 
     def final(self, number: int) -> None:
-        """Ask the student of a round once more, as `eval.final` says."""
+        """Evaluate the student of a round as `eval.final` says."""
         device, settings = self.model.device, self.config.eval.at_last
         ledger = read_ledger(self.rundir, number, device) or [read_merges(self.rundir, 1, device)[0].scaled(0)]
         for _ in fold(self.model, self.checkpoint, ledger):
@@ -251,7 +251,7 @@ class Loop:
         write_record(self.rundir.path / "final.json", done)
 
     def measure(self, stage: str, *, adapter: bool) -> tuple[EvaluationRecord, list[Answer]]:
-        """Evaluate the student, with or without its adapter; without it also on what it must not forget."""
+        """Evaluate the student, with or without its adapter; without it also on the questions of `eval.forgetting`."""
         record, answers = self.ask(stage, self.data.questions, self.data.held_out, adapter=adapter)
         if adapter:
             return record, answers
@@ -260,8 +260,8 @@ class Loop:
             for name, questions in self.data.forgetting.items()
         }
         update = {
-            "forgetting": {name: found.accuracy for name, found in watched.items()},
-            "seconds": record.seconds + sum(found.seconds for found in watched.values()),
+            "forgetting": {name: evaluation.accuracy for name, evaluation in watched.items()},
+            "seconds": record.seconds + sum(evaluation.seconds for evaluation in watched.values()),
         }
         return record.model_copy(update=update), answers
 
@@ -275,7 +275,8 @@ class Loop:
         settings: EvalConfig | None = None,
     ) -> tuple[EvaluationRecord, list[Answer]]:
         """Evaluate the student on these questions and traces, with no more memory than training takes."""
-        # by held-out traces: those that are trained on differ between a comparison's arms, and what these share would
+        # sized by the held-out traces: the training traces differ between the arms of a comparison, and results that
+        # the arms share would differ with them
         held = [len(e) for examples in self.data.held_out.values() for e in examples]
         longest = max(held, default=self.config.branch.max_length)
         ours = {"tokens": loss_tokens(self.config.branch, longest)} if self.evaluate is evaluate else {}
@@ -301,6 +302,6 @@ class Loop:
 
 
 def clear(job: Job) -> None:
-    """Delete the states of a branch at work."""
+    """Delete the saved states of an unfinished branch."""
     discard(job.state.glob("checkpoint-*"))
     shutil.rmtree(job.state, ignore_errors=True)

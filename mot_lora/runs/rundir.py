@@ -1,4 +1,4 @@
-"""A run on disk: where things are, what is finished, and writing that is whole or not at all."""
+"""A run on disk: the paths of its files, what is finished, checks and repair, and the lock."""
 
 import fcntl
 import json
@@ -18,31 +18,31 @@ from mot_lora.durable import DamagedError, beside, check_files, read_record, wri
 from mot_lora.errors import UserError, writing
 from mot_lora.reader import NOT_YAML, parse_config
 from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, FinalRecord, Record, RoundRecord, SealRecord
-from mot_lora.runs.inputs import by_content, found, gone, places, resolved
+from mot_lora.runs.inputs import by_content, missing, places, relocated, resolved
 from mot_lora.training.job import Job
 from mot_lora.training.savepoint import SEAL
 
 R = TypeVar("R", bound=Record)
 
-FORMAT = 1  # of run folders; a newer one is refused
-# What a run that was killed while it began can have left.
+FORMAT = 1  # version of the run folder; newer ones are refused
+# Files that a run killed while starting can have left.
 BEGUN = {"run.lock", "environment.json", "data.json"}
-CPUS = re.compile(r"cpu|x86_64|i\d86|aarch64|arm.*|(amd|intel)64.*", re.IGNORECASE)  # as Python names processors
-# Settings that leave finished branches and rounds as they are, and what is still to do as it would be but for rounding,
-# so that a run may go on with others.
+CPUS = re.compile(r"cpu|x86_64|i\d86|aarch64|arm.*|(amd|intel)64.*", re.IGNORECASE)  # names from Python's platform
+# Settings that may change when a run is resumed: they leave finished branches and rounds valid, and change the rest by
+# rounding at most.
 MAY_CHANGE = re.compile(
     r"output|device|rounds|stop\b.*|compare\b.*|teachers\.\d+\.learning_rate|eval\.(branches|batch_size|final\b.*)"
     r"|branch\.(save_steps|offload|report_to(\.\d+)?|batch_tokens|loss_chunk|activation_checkpointing|liger)"
 )
-STEP = re.compile(r"branch\.(batch_size|gradient_accumulation)")  # may change where their product stays
+STEP = re.compile(r"branch\.(batch_size|gradient_accumulation)")  # may change if their product does not
 
 
 @dataclass(frozen=True)
 class RunDir:
     """The folder of a run.
 
-    A branch or round is finished when its record is there: a branch's folder is renamed into place whole, and a round's
-    record is written last.
+    A branch or round is finished if its record exists: a branch's folder is renamed into place when complete, and a
+    round's record is written last.
 
     >>> RunDir(Path("runs/demo")).branch(1, "steps")
     PosixPath('runs/demo/round-001/steps')
@@ -65,7 +65,7 @@ class RunDir:
         return Job(self.path, number, teacher, state, self.path / "logs" / teacher)
 
     def validation(self, number: int, branches: Sequence[int]) -> Path:
-        """How the merge of these branches did, by their places, while a round's weights were found."""
+        """The file with the validation result of the merge of these branches, given by index."""
         return self.round(number) / f"validation-{'-'.join(map(str, branches))}.json"
 
     @property
@@ -73,7 +73,7 @@ class RunDir:
         return self.path / "before.answers.jsonl"
 
     def before(self) -> EvaluationRecord | None:
-        """How the student did before the first round, if that was measured."""
+        """The evaluation before the first round, if it is done."""
         return read_record(self.path / "before.json", EvaluationRecord)
 
     @property
@@ -81,7 +81,7 @@ class RunDir:
         return self.path / "final.answers.jsonl"
 
     def final(self) -> FinalRecord | None:
-        """How the student did in the end, if eval.final was asked."""
+        """The final evaluation, if `eval.final` is set and it is done."""
         return read_record(self.path / "final.json", FinalRecord)
 
     def branch_record(self, number: int, teacher: str) -> BranchRecord | None:
@@ -94,10 +94,10 @@ class RunDir:
         return read_record(self.path / "data.json", DataRecord)
 
     def config(self) -> Config:
-        """The settings that the run was begun with. Errors: UserError for a run of a newer version, or no run."""
+        """The settings of the run. Errors: UserError for a run of a newer version, or a folder that is not a run."""
         file = self.path / "config.yaml"
         if not file.exists():
-            raise UserError(f"{self.path}: not a run: it has no config.yaml")
+            raise UserError(f"{self.path}: not a run folder: it has no config.yaml")
         self.environment()
         try:
             tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -105,61 +105,59 @@ class RunDir:
             raise UserError(f"{file}: damaged ({' '.join(str(e).split())})") from e
         return parse_config(tree, str(file))
 
-    def here(self, asked: Config) -> Config:
-        """What is asked, with everything where it is now: in absolute paths, and what is gone from its place where it
-        was moved to along with the run.
-        """
-        asked = resolved(asked)
+    def here(self, config: Config) -> Config:
+        """The config with its inputs at their current paths: absolute, and relocated if they moved with the run."""
+        config = resolved(config)
         try:
-            begun = Path(self.environment().get("folder") or self.config().output)
-        except UserError:  # no run yet, or one whose damage is told when it is begun again
-            return asked
-        return found(asked, begun if begun.is_absolute() else None, self.path.resolve())
+            started_in = Path(self.environment().get("folder") or self.config().output)
+        except UserError:  # no run yet, or a damaged one, which `begin` reports
+            return config
+        return relocated(config, started_in if started_in.is_absolute() else None, self.path.resolve())
 
-    def check_there(self, config: Config) -> None:
-        """Errors: UserError for a run that was begun, and what it reads is not there any more."""
-        for key, place in gone(config).items() if (self.path / "config.yaml").exists() else ():
+    def check_inputs(self, config: Config) -> None:
+        """Errors: UserError if an input of a run that has started does not exist any more."""
+        for key, place in missing(config).items() if (self.path / "config.yaml").exists() else ():
             raise UserError(
-                f"{place}: is not there, nor in the same place beside {self.path}; name its place: {key}=PATH"
+                f"{place}: does not exist, and was not moved along with {self.path}; give its path: {key}=PATH"
             )
 
     def environment(self) -> dict[str, Any]:
-        """Versions, device and the fingerprints of the inputs that the run was begun with; empty for none yet."""
+        """Versions, device and fingerprints of the inputs that the run started with; empty if it has not started."""
         file = self.path / "environment.json"
         if not file.exists():
             return {}
         try:
-            found: Any = json.loads(file.read_text(encoding="utf-8"))
-            made = found["format"], found["versions"]["mot-lora"]
+            environment: Any = json.loads(file.read_text(encoding="utf-8"))
+            number, version = environment["format"], environment["versions"]["mot-lora"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
             raise DamagedError(file, repr(e)) from e
-        if not isinstance(made[0], int) or made[0] > FORMAT:
-            raise UserError(f"{self.path}: made by mot-lora {made[1]}, which is newer than this; update mot-lora")
-        return found
+        if not isinstance(number, int) or number > FORMAT:
+            raise UserError(f"{self.path}: written by mot-lora {version}, which is newer than this; update mot-lora")
+        return environment
 
     @property
     def kind(self) -> str | None:
-        """The kind of device that the run was begun on, `cpu` or `cuda`; None for none yet."""
-        said = self.environment()
-        if "kind" in said or "device" not in said:
-            return said.get("kind")
-        return "cpu" if CPUS.fullmatch(str(said["device"])) else "cuda"  # older runs have the name alone
+        """The kind of device that the run started on, `cpu` or `cuda`; None if it has not started."""
+        environment = self.environment()
+        if "kind" in environment or "device" not in environment:
+            return environment.get("kind")
+        return "cpu" if CPUS.fullmatch(str(environment["device"])) else "cuda"  # older runs recorded only the name
 
-    def check_device(self, asked: str, kind: str) -> None:
-        """Errors: UserError where the run was begun on another kind of device than this, which `auto` has chosen."""
+    def check_device(self, setting: str, kind: str) -> None:
+        """Errors: UserError if device `auto` chose another kind of device than the run started on."""
         try:
-            begun = self.kind
-        except DamagedError:  # `check` tells
+            before = self.kind
+        except DamagedError:  # `check` reports it
             return
-        if asked == "auto" and begun and begun != kind:
+        if setting == "auto" and before and before != kind:
             name = self.environment()["device"]
             raise UserError(
-                f"{self.path}: was begun on {begun} ({name}), and here device `auto` is {kind}; bring that device "
-                f"back, or go on with device={kind}"
+                f"{self.path}: started on {before} ({name}), but here device `auto` is {kind}; use that device again, "
+                f"or continue with device={kind}"
             )
 
     def check(self, config: Config) -> None:
-        """Read every finished part. Errors: DamagedError for the first file that is not as it was written."""
+        """Read every finished part. Errors: DamagedError for the first file that does not match its checksum."""
         self.environment()
         if before := self.before():
             check_files(self.path, before.files)
@@ -171,7 +169,7 @@ class RunDir:
                 if branch := self.branch_record(number, name):
                     check_files(self.branch(number, name), branch.files)
                 elif record:
-                    raise DamagedError(self.branch(number, name) / "branch.json", "it is not there")
+                    raise DamagedError(self.branch(number, name) / "branch.json", "it is missing")
             if record:
                 check_files(self.round(number), record.files)
             for file in sorted(self.round(number).glob("validation-*.json")):
@@ -181,7 +179,7 @@ class RunDir:
                 check_files(file.parent, sealed.files)
 
     def repair(self, config: Config) -> Path | None:
-        """Set every damaged part aside, and what was built on it; nothing is deleted. Returns where to."""
+        """Move every damaged part, and all that was built on it, to a new folder, which is returned; delete nothing."""
         aside = next(p for n in range(1, 1000) if not (p := self.path / f"damaged-{n:03d}").exists())
         while True:
             try:
@@ -194,7 +192,7 @@ class RunDir:
                     path.rename(target)
 
     def _built_on(self, path: Path) -> list[Path]:
-        """A part of the run, as it has to be set aside: whole branches, and all rounds after."""
+        """The files that become invalid with `path`: whole branches, and all later rounds."""
         first, *rest = path.relative_to(self.path).parts
         final = [p for p in (self.path / "final.json", self.final_answers) if p.exists()]
         if path in (self.path / "before.json", self.before_answers):
@@ -203,64 +201,64 @@ class RunDir:
             return final
         if not first.startswith("round-"):
             return [path]
-        begun = self.round(int(first.removeprefix("round-")))
+        folder = self.round(int(first.removeprefix("round-")))
         later = [p for p in sorted(self.path.glob("round-*")) if p.name > first]
-        branch = [begun / rest[0]] if len(rest) > 1 else []
+        branch = [folder / rest[0]] if len(rest) > 1 else []
         parts = [
             *branch,
-            *sorted(begun.glob("validation-*.json")),
-            begun / "round.json",
-            begun / "answers.jsonl",
+            *sorted(folder.glob("validation-*.json")),
+            folder / "round.json",
+            folder / "answers.jsonl",
             *later,
             *final,
         ]
         return [p for p in parts if p.exists()]
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
-        """Write what was asked and with what, or check that a run found here was asked the same; under the lock.
+        """Write the settings and the environment, after checking that a run found here has the same. Needs the lock.
 
         Errors: UserError, which names the settings or inputs that differ.
         """
-        begun = [p for p in (self.path / "before.json", *self.path.glob("round-*")) if p.exists()]
-        if begun:
+        started = (self.path / "before.json").exists() or any(self.path.glob("round-*"))
+        if started:
             self.check_same(config, environment["inputs"])
         where = {"folder": str(self.path.resolve()), "inputs": environment["inputs"]}
-        environment = {"format": FORMAT, **environment, **(self.environment() if begun else {}), **where}
+        environment = {"format": FORMAT, **environment, **(self.environment() if started else {}), **where}
         write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_text(self.path / "config.yaml", text)
 
     def check_same(self, config: Config, inputs: Mapping[str, str]) -> None:
-        """Errors: UserError, which names the settings or inputs that are not those that the run was begun with.
+        """Errors: UserError, which names the settings or inputs that differ from those the run started with.
 
-        Where something lies may change, and what it is called, but not what it holds.
+        An input's path and name may change, but not its content.
         """
-        old, said = self.config(), self.environment().get("inputs", {})
-        inputs = inputs if said else {}
+        old, recorded = self.config(), self.environment().get("inputs", {})
+        inputs = inputs if recorded else {}
         changed = [
             key
-            for key in _differences(by_content(old, said), by_content(config, inputs))
+            for key in _differences(by_content(old, recorded), by_content(config, inputs))
             if not MAY_CHANGE.fullmatch(key) and not (old.branch.traces == config.branch.traces and STEP.fullmatch(key))
         ]
         before, now = places(old), places(config)
         if settings := [key for key in changed if key not in before.keys() & now.keys()]:
             raise UserError(
-                f"{self.path}: was begun with other settings ({', '.join(settings)}); "
-                "begin anew beside it with --from-scratch, or choose another `output`"
+                f"{self.path}: started with other settings ({', '.join(settings)}); restore them, start a new run "
+                "beside it with --from-scratch, or choose another `output`"
             )
-        told = {
+        differing = {
             key: f"`{key}`: {now[key]} does not hold what {before[key]} did"
             if now[key] != before[key]
-            else f"{key if key == 'student' else now[key]} changed since"
+            else f"{key if key == 'student' else now[key]} has changed"
             for key in changed
         }
         for what, other in (("weights", "other weights"), ("tokenizer", "another tokenizer")):
-            if what in said and said[what] != inputs.get(what, said[what]):
-                told.setdefault("student", f"{config.student} has {other} now")
-        if told:
+            if what in recorded and recorded[what] != inputs.get(what, recorded[what]):
+                differing.setdefault("student", f"{config.student} has {other} now")
+        if differing:
             raise UserError(
-                f"{self.path}: was begun with other inputs ({', '.join(told.values())}); bring them back, name their "
-                f"place now ({next(iter(told))}=PATH), or begin anew beside it with --from-scratch"
+                f"{self.path}: started with other inputs ({', '.join(differing.values())}); restore them, give their "
+                f"path ({next(iter(differing))}=PATH), or start a new run beside it with --from-scratch"
             )
 
     def at_work(self) -> str | None:
@@ -302,7 +300,7 @@ class RunDir:
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        if set(old) == set(new) and list(old) != list(new):  # of module patterns the first counts
+        if set(old) == set(new) and list(old) != list(new):  # order matters: the first matching pattern applies
             return [key]
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{key}.{k}" if key else str(k))]

@@ -256,7 +256,7 @@ def test_mistakes_are_one_line(finished: Path, tasks: Path, call: Any, monkeypat
     for name in ("absent", "gone"):
         assert said("--tasks", name, "--json").startswith(f"task `{name}`: its data cannot be had now (")
     assert "no task is named" in said("--tasks", ",")
-    assert said("--tasks", "chains", "--round", 2).endswith("round 2 is not finished; it has 1 rounds")
+    assert said("--tasks", "chains", "--round", 2).endswith("round 2 is not finished; finished rounds: 1")
     status, _, err = call("eval", finished, "--include-path", tasks, "--tasks", "chains", "--max-new-tokens", 4000)
     assert (status, err.count("\n")) == (2, 1)
     assert "requested max tokens to generate (4000)" in err

@@ -120,12 +120,12 @@ def test_a_run_is_told_as_a_table_and_told_again(call: Any, config_file: Path, t
     assert "load the student" not in again
     table = "Merge of Thought, 4 held-out questions"
     assert again[again.index(table) :] == out[out.index(table) :]
-    assert "begun with other settings (branch.learning_rate)" in refused(call(*arguments, "branch.learning_rate=0.5"))
+    assert "started with other settings (branch.learning_rate)" in refused(call(*arguments, "branch.learning_rate=0.5"))
     config = yaml.safe_load(config_file.read_text())
     data = Path(config["teachers"][0]["data"])
     content = data.read_text()
     data.write_text(content + content.splitlines()[0] + "\n")
-    assert f"{data} changed since" in refused(call(*arguments))
+    assert f"{data} has changed" in refused(call(*arguments))
     data.write_text(content + "{\n")
     assert f"{data}:25: not JSON" in refused(call(*arguments, "teachers.0.on_bad_row=stop"))
 

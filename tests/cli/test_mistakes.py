@@ -192,7 +192,7 @@ def test_a_run_folder_that_cannot_be_is_named(call: Call, config_file: Path, tmp
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "output": str(run), "later": 1}))
     (run / "environment.json").write_text(json.dumps({"format": 99, "versions": {"mot-lora": "9.0"}}))
     for arguments in (("show", run), ("report", run), ("export", run, "--out", tmp_path / "out")):
-        assert "made by mot-lora 9.0, which is newer than this; update mot-lora" in refused(call(*arguments))
+        assert "written by mot-lora 9.0, which is newer than this; update mot-lora" in refused(call(*arguments))
     assert "newer than this" in refused(call("run", config_file, f"output={run}"))
     assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "environment.json"]
 

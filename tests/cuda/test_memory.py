@@ -204,7 +204,7 @@ def test_a_run_does_not_go_on_on_another_device_unless_told_to(
     short = {"rounds": 2, "branch": SMALL | {"offload": "off"}}
     run(make_config(**{**short, "rounds": 1}, device="auto"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # after a reconnect
-    said = r"was begun on cuda \(NVIDIA GeForce RTX 4090\), and here device `auto` is cpu; .* go on with device=cpu$"
+    said = r"started on cuda \(NVIDIA GeForce RTX 4090\), but here device `auto` is cpu; .* continue with device=cpu$"
     with pytest.raises(UserError, match=said):
         run(make_config(**short, device="auto"))
     record = run(make_config(**short, device="cpu"))

@@ -408,5 +408,5 @@ def test_changed_data_is_refused_on_resume(make_config: MakeConfig) -> None:
     run(config)
     file = Path(config.teachers[1].sources[0])
     file.write_text(file.read_text() + '{"question": "new", "answer": "1"}\n')
-    with pytest.raises(UserError, match=r"b\.jsonl changed since"):
+    with pytest.raises(UserError, match=r"b\.jsonl has changed"):
         run(config)

@@ -188,7 +188,7 @@ def test_an_export_refuses_what_it_cannot_do(finished: Config, qwen3: Path, tmp_
     with pytest.raises(UserError, match="no round is better"):
         export(copy, tmp_path / "out")
     before.unlink()
-    with pytest.raises(UserError, match="nothing is finished"):
+    with pytest.raises(UserError, match="no part of this run is finished"):
         export(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
@@ -362,7 +362,9 @@ def test_an_adapter_of_a_smaller_rank_says_what_it_keeps(
 def test_adapters_that_cannot_be_written_are_refused(make_config: MakeConfig, tmp_path: Path, call: Any) -> None:
     config = lean(make_config, merge={"method": "ties", "density": 0.4})
     lora = ("export", config.output, "--round", 2, "--out", tmp_path / "out", "--as", "lora")
-    assert "a ties merge is not low-rank; give a rank, e.g. --rank 16, all branches'" in refused(call(*lora))
+    assert "a ties merge is not low-rank; give a rank, e.g. --rank 16, the sum of all branches' ranks" in refused(
+        call(*lora)
+    )
     assert "--dtype bfloat16: an adapter is written in float32" in refused(call(*lora, "--dtype", "bfloat16"))
     assert "--rank 2: a checkpoint has none; add --as lora" in refused(call(*lora[:-2], "--rank", 2))
     assert "rank" in refused(call(*lora, "--rank", 0))

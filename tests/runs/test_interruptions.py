@@ -428,7 +428,7 @@ def test_other_settings_data_or_base_are_refused_by_name(
 
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    settings = "was begun with other settings"
+    settings = "started with other settings"
     assert f"{settings} (seed)" in refused("seed=1", "rounds=3", "stop.patience=2")
     assert f"{settings} (lora.r, lora.dropout)" in refused("lora={r: 8, alpha: 8, dropout: 0.2}")
     changed = yaml.safe_dump([{**t.model_dump(mode="json"), "samples": 5 + i} for i, t in enumerate(config.teachers)])
@@ -438,11 +438,11 @@ def test_other_settings_data_or_base_are_refused_by_name(
     data = Path(config.teachers[1].sources[0])
     was = data.read_text()
     data.write_text(was.replace("23 + 1", "23 + 2"))
-    assert "b.jsonl changed since" in refused()
+    assert "b.jsonl has changed" in refused()
     data.write_text(was)
     weights = next(student.glob("*.safetensors"))
     flip(weights)
-    assert "was begun with other inputs (student changed since)" in refused()
+    assert "started with other inputs (student has changed)" in refused()
     flip(weights)
     assert run(load_config(file)).stopped
 
@@ -553,7 +553,7 @@ def test_a_damaged_environment_is_refused_and_set_aside(damaged: Config) -> None
     file = Path(damaged.output) / "environment.json"
     was = file.read_bytes()
     flip(file)
-    with pytest.raises(UserError, match=r"other inputs \(.* changed since\)|damaged"):
+    with pytest.raises(UserError, match=r"other inputs \(.* has changed\)|damaged"):
         run(damaged)
     file.write_bytes(was[: len(was) // 2])
     with pytest.raises(UserError, match=r"environment\.json: damaged \(.*--repair"):
@@ -720,7 +720,7 @@ def test_a_branch_that_goes_astray_stops_and_the_others_are_kept(
         assert process.end() == REFUSED
         assert re.fullmatch(
             r"error: round 1, teacher `a` \(teachers\.0\.learning_rate=\.\.\.\): the loss went from 6\.\d+ to nan at "
-            r"step \d: lower its learning_rate, now 1e\+30; the other branches are kept, the same command goes on",
+            r"step \d: lower its learning_rate, now 1e\+30; the other branches are kept, and the same command resumes",
             one_line(process.err),
         )
         assert [p.name for p in (path / "round-001").iterdir()] == ["b"]

@@ -131,7 +131,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path, changes: dict[str,
     run = RunDir(tmp_path)
     run.begin(config(), INPUTS)
     write_record(run.path / "before.json", EvaluationRecord())
-    with pytest.raises(UserError, match="begun with other settings") as e:
+    with pytest.raises(UserError, match="started with other settings") as e:
         run.begin(config(**{"rounds": 9, **changes}), INPUTS)
     assert f"({', '.join(sorted(names))})" == f"({', '.join(sorted(_named(str(e.value))))})"
     assert run.config() == config()
@@ -178,8 +178,8 @@ def test_a_run_goes_on_on_its_kind_of_device_unless_another_is_asked_for(
             with pytest.raises(UserError) as e:
                 run.check_device("auto", here)
             assert str(e.value) == (
-                f"{tmp_path}: was begun on {kind} ({said['device']}), and here device `auto` is {here}; bring that "
-                f"device back, or go on with device={here}"
+                f"{tmp_path}: started on {kind} ({said['device']}), but here device `auto` is {here}; use that device "
+                f"again, or continue with device={here}"
             )
             run.check_device(here, here)
         run.begin(config(device=here), {**INPUTS, **said})
@@ -189,9 +189,9 @@ def test_other_files_are_refused_and_named(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.begin(config(), INPUTS)
     write_record(run.path / "before.json", EvaluationRecord())
-    with pytest.raises(UserError, match=r"\(a\.jsonl changed since\)"):
+    with pytest.raises(UserError, match=r"\(a\.jsonl has changed\)"):
         run.begin(config(), {"inputs": {"student": "abc", "a.jsonl": "other"}})
-    with pytest.raises(UserError, match=r"\(student changed since\)"):
+    with pytest.raises(UserError, match=r"\(student has changed\)"):
         run.begin(config(), {"inputs": {"student": "other", "a.jsonl": "def"}})
 
 
@@ -201,7 +201,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds something that is not a run"), run.lock():
         run.begin(config(), INPUTS)
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(UserError, match=r"not a run: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"not a run folder: it has no config\.yaml"):
         run.config()
 
 
@@ -230,7 +230,9 @@ def test_a_run_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path, made
     write_text(tmp_path / "environment.json", json.dumps(newer))
     before = files_of(tmp_path)
     for look in (run.config, run.environment, lambda: run.check(config()), lambda: run.repair(config())):
-        with pytest.raises(UserError, match=r"made by mot-lora 9\.1, which is newer than this; update mot-lora$") as e:
+        with pytest.raises(
+            UserError, match=r"written by mot-lora 9\.1, which is newer than this; update mot-lora$"
+        ) as e:
             look()
         assert not isinstance(e.value, DamagedError)
     with pytest.raises(UserError, match="newer"), run.lock():

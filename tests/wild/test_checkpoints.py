@@ -685,7 +685,7 @@ def test_a_run_on_a_base_that_is_not_finite_does_not_blame_the_learning_rate_alo
     student(path)
     broken(path, "model.layers.1.mlp.up_proj.weight", float("nan"))
     line = refused(call("run", recipe(tmp_path, path, jsonl(tmp_path / "one.jsonl", rows(20))), "--quiet"))
-    assert f"model.layers.1.mlp.up_proj.weight of {path} itself holds inf or NaN: give a student that is whole" in line
+    assert f"model.layers.1.mlp.up_proj.weight of {path} itself holds inf or NaN: use an intact student" in line
 
 
 def test_a_base_that_transformers_cannot_load_is_no_fault_of_what_was_written(

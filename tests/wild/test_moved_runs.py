@@ -21,7 +21,7 @@ from mot_lora.analysis.consensus import consensus
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.records import RunRecord
-from mot_lora.runs.inputs import by_content, found, places, resolved
+from mot_lora.runs.inputs import by_content, places, relocated, resolved
 from mot_lora.runs.ledger import read_run, settings
 from mot_lora.runs.rundir import RunDir
 
@@ -263,7 +263,7 @@ def test_another_student_or_other_rows_are_refused_by_name(home: Path, tmp_path:
     assert "--from-scratch" in said
     assert RunDir(home / "runs/tiny").config().student == str(home / "base")
     said = refused(call("export", home / "runs/tiny", "--round", 2, "--student", other, "--out", tmp_path / "out"))
-    assert said.startswith(f"{other}: is not the model that {home / 'runs/tiny'} was begun with")
+    assert said.startswith(f"{other}: not the model that {home / 'runs/tiny'} started with")
     assert not (tmp_path / "out").exists()
 
 
@@ -320,11 +320,11 @@ def test_what_is_gone_is_named_with_the_setting_that_says_where_it_is(home: Path
     now = home / "runs/tiny"
     (home / "base").rename(tmp_path / "model")
     said = refused(call("run", now / "config.yaml"))
-    assert said.startswith(f"{home / 'base'}: is not there")
+    assert said.startswith(f"{home / 'base'}: does not exist")
     assert said.endswith("student=PATH")
     (home / "b.jsonl").rename(tmp_path / "b.jsonl")
     said = refused(call("run", now / "config.yaml", f"student={tmp_path / 'model'}"))
-    assert said.startswith(f"{home / 'b.jsonl'}: is not there")
+    assert said.startswith(f"{home / 'b.jsonl'}: does not exist")
     assert said.endswith("teachers.1.data=PATH")
     for command in (
         ["export", now, "--round", 2, "--out", tmp_path / "out"],
@@ -432,14 +432,14 @@ def test_what_is_there_is_not_looked_for(tmp_path: Path) -> None:
     was = tmp_path / "was"
     teachers = tuple({"name": n, "data": str(was / f"{n}.jsonl")} for n in ("kept", "moved", "lost"))
     config = Config.model_validate({"student": "owner/model", "teachers": teachers})
-    got = places(found(config, was / "run", tmp_path / "now/run"))
+    got = places(relocated(config, was / "run", tmp_path / "now/run"))
     assert got == {
         "student": "owner/model",
         "teachers.0.data": str(was / "kept.jsonl"),
         "teachers.1.data": str(tmp_path / "now/moved.jsonl"),
         "teachers.2.data": str(was / "lost.jsonl"),
     }
-    assert found(config, None, tmp_path / "now/run") == config
+    assert relocated(config, None, tmp_path / "now/run") == config
 
 
 def test_relative_places_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
