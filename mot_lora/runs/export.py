@@ -34,7 +34,7 @@ def export(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
 ) -> ExportRecord:
-    """Write the student after `round` (default: the best one) as a full checkpoint; report how much of its update survived.
+    """Write the student after `round` (default: the best one) as a full checkpoint; report how much of it survived.
 
     The weights are W_0 + the ledger, rounded once to `dtype`; tokenizer and model card are included. In 16 bits, part
     of an update with |D|/|W| below .003 is lost to rounding, half of it at .001; fp32 and `export_adapter` keep it.
@@ -84,7 +84,7 @@ def export_adapter(
     if rank is None and any(isinstance(u, Dense) for u in updates.values()):
         method, all_ranks = method_name(ledger[0].method), chosen.config.lora.r * sum(len(m.adapters) for m in ledger)
         raise UserError(
-            f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, the sum of all branches' ranks"
+            f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, the sum of the branches' ranks"
         )
     packed = pack(Adapter(out.name, updates, base), rank, progress)
     saved = packed.record
@@ -113,7 +113,7 @@ class Chosen:
 
 
 def choose(path: str | Path, round: int | None = None, student: str | None = None) -> Chosen:
-    """A round of a run (default: the best one), with the run's settings at their current paths. Errors: as in `export`."""
+    """A round of a run (default: the best one), its inputs at their current paths. Errors: as in `export`."""
     rundir = RunDir(Path(path))
     config, record = settings(rundir, student), read_run(rundir)
     if record is None:

@@ -61,7 +61,7 @@ class Train(Protocol):
 
 
 class Evaluate(Protocol):
-    """The seam `evaluate=`: measures the model with its adapter on or off, as set. `evaluation.evaluate` is the default."""
+    """The seam `evaluate=`: measures the model, its adapter on or off as set. `evaluation.evaluate` is the default."""
 
     def __call__(
         self,

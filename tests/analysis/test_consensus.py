@@ -288,7 +288,7 @@ def test_what_cannot_be_looked_at_is_told(config: Config, found: ConsensusRecord
     environment = json.loads((other / "environment.json").read_text())
     environment["inputs"]["student"] = "another"
     (other / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(UserError, match="is not the model that"):
+    with pytest.raises(UserError, match="not the model that"):
         consensus(other)
     busy = copy("busy")
     with RunDir(busy).lock(), pytest.raises(UserError, match="is at work"):
