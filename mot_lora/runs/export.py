@@ -84,7 +84,8 @@ def export_adapter(
     if rank is None and any(isinstance(u, Dense) for u in updates.values()):
         method, all_ranks = method_name(ledger[0].method), chosen.config.lora.r * sum(len(m.adapters) for m in ledger)
         raise UserError(
-            f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, the sum of the branches' ranks"
+            f"{path}: a {method} merge is not low-rank; give a rank, e.g. --rank {all_ranks}, "
+            "the sum of the branches' ranks"
         )
     packed = pack(Adapter(out.name, updates, base), rank, progress)
     saved = packed.record
