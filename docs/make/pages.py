@@ -14,6 +14,7 @@ import typer
 
 import mot_lora
 from mot_lora.cli.app import app
+from mot_lora.records import Record
 from mot_lora.settings import reference
 
 DOCS = Path(__file__).parent.parent
@@ -151,12 +152,26 @@ def api() -> str:
 
 def _part(heading: str, names: list[str]) -> str:
     rows = [f"| [`{n}`](#{_where(n)}) | {_first_line(getattr(mot_lora, n))} |" for n in names]
-    entries = [f"::: {_where(n)}\n    options:\n      heading: {n}\n      toc_label: {n}\n" for n in names]
+    entries = [
+        f"::: {_where(n)}\n    options:\n      heading: {n}\n      toc_label: {n}\n{_fields(getattr(mot_lora, n))}"
+        for n in names
+    ]
     return "\n".join([f"## {heading}", "", "| | |", "|---|---|", *rows, "", *entries])
 
 
+def _fields(value: Any) -> str:
+    """The fields of a record, which have no docstrings of their own; those of a config are on the page of settings."""
+    if not (inspect.isclass(value) and issubclass(value, Record)):
+        return ""
+    types = ((n, inspect.formatannotation(f.annotation)) for n, f in value.model_fields.items())
+    return "\n".join(
+        ["", "```python", *(f"{n}: {re.sub(r'[a-z_.]+[.](?=[A-Z])', '', t)}" for n, t in types), "```", ""]
+    )
+
+
 def _where(name: str) -> str:
-    return f"mot_lora.{exported()[name]}.{name}"
+    """Where a name is defined, below what wraps it."""
+    return f"{getattr(getattr(mot_lora, name), '__module__', f'mot_lora.{exported()[name]}')}.{name}"
 
 
 def _first_line(value: Any) -> str:
