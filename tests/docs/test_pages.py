@@ -108,6 +108,13 @@ def test_links_lead_to_what_is_there(page: Path) -> None:
                 assert anchor in anchors(there), target
 
 
+@on_pages
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|json|md|ipynb))`", page.read_text("utf-8")):
+        if path.split("/")[0] in ("mot_lora", "tests", "docs", "notebooks", "recipes") or path.endswith(".py"):
+            assert (ROOT / path).exists() or (ROOT / "mot_lora" / path).exists(), path
+
+
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
