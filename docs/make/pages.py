@@ -163,7 +163,7 @@ def _fields(value: Any) -> str:
     """The fields of a record, which have no docstrings of their own; those of a config are on the page of settings."""
     if not (inspect.isclass(value) and issubclass(value, Record)):
         return ""
-    types = ((n, inspect.formatannotation(f.annotation)) for n, f in value.model_fields.items())
+    types = ((n, inspect.formatannotation(f.annotation).replace("'", '"')) for n, f in value.model_fields.items())
     return "\n".join(
         ["", "```python", *(f"{n}: {re.sub(r'[a-z_.]+[.](?=[A-Z])', '', t)}" for n, t in types), "```", ""]
     )
