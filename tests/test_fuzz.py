@@ -486,7 +486,7 @@ def adapters(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 def read_adapter(folder: Path, base: Path | None) -> None:
     adapter = load_adapter(folder, base=base)
-    sizes = {name: update.shape for name, update in adapter.sketches.items()}
+    sizes = {name: update.shape for name, update in adapter.meta_updates.items()}
     for name, update in adapter.updates.items():
         assert math.prod(sizes[name]) < 2**30
         assert update.delta().shape == sizes[name]

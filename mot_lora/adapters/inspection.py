@@ -76,7 +76,7 @@ def _singular_values(merged: Merged, module: str) -> torch.Tensor:
 
 
 def _describe(adapter: Adapter, index: int, overall: LayerRecord) -> AdapterRecord:
-    updates = list(adapter.sketches.values())
+    updates = list(adapter.meta_updates.values())
     forms = [u.form for u in updates]
     return AdapterRecord(
         name=adapter.name,

@@ -89,7 +89,7 @@ def add_merged_adapter(
         raise UserError(f"the model has an adapter `{new_name}` already; choose another name, or delete it first")
     adapters = [adapter_from_peft(model, name) for name in names]
     base = LiveBase(model)
-    for module in (m for a in adapters for m, u in a.sketches.items() if u.form != "whole"):
+    for module in (m for a in adapters for m, u in a.meta_updates.items() if u.form != "whole"):
         if isinstance(base.modules.get(module), AuxiliaryTrainingWrapper):
             raise UserError(
                 f"{module}: PEFT cannot hold a LoRA beside trained tokens or a trained copy in one model; "

@@ -12,9 +12,10 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from mot_lora.adapters.stored import CONFIG_FILE, Base, StoredAdapter
 from mot_lora.adapters.updates import updates
 from mot_lora.adapters.wrappers import unwrapped_config
+from mot_lora.checkpoints.architecture import TEXT
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.hub import locate
-from mot_lora.checkpoints.layout import TEXT, Layout
+from mot_lora.checkpoints.layout import Layout
 from mot_lora.checkpoints.tensorfile import TensorFile
 from mot_lora.errors import UserError
 from mot_lora.merging.lowrank import Adapter

@@ -194,7 +194,7 @@ def _target_parameters(adapter: Adapter | Merged) -> list[str]:
 
 
 def _forms(adapter: Adapter | Merged) -> Mapping[str, Form]:
-    return adapter.forms if isinstance(adapter, Merged) else {m: u.form for m, u in adapter.sketches.items()}
+    return adapter.forms if isinstance(adapter, Merged) else {m: u.form for m, u in adapter.meta_updates.items()}
 
 
 def _lora_tensors(module: str, form: str, f: Factors, bare: Sequence[str]) -> dict[str, Tensor]:

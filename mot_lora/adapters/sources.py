@@ -97,8 +97,8 @@ def with_common_names(adapters: Sequence[Adapter], base: str | Path | Checkpoint
 
 def _renamed(updates: Mapping[str, Update], layout: Layout) -> Mapping[str, Update]:
     def name(module: str) -> str:
-        spot = layout.spot(module)
-        return spot.name.removesuffix(".weight") if spot.is_whole else module
+        target = layout.target(module)
+        return target.name.removesuffix(".weight") if target.is_whole else module
 
     names = {module: name(module) for module in updates}
     if isinstance(updates, LazyUpdates):

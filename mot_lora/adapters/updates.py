@@ -21,15 +21,15 @@ CLASSIFIERS = ("classifier", "score")
 
 @dataclass(frozen=True)
 class LazyUpdates(Mapping[str, Update]):
-    """Updates that are made when they are asked for, and not kept; `sketches` are the same without their numbers."""
+    """Updates that are made when they are asked for, and not kept; `meta_updates`: the same on the meta device."""
 
     makers: Mapping[str, Maker]
     read: Read
-    sketch: Read
+    meta: Read
 
     @property
-    def sketches(self) -> "LazyUpdates":
-        return LazyUpdates(self.makers, self.sketch, self.sketch)
+    def meta_updates(self) -> "LazyUpdates":
+        return LazyUpdates(self.makers, self.meta, self.meta)
 
     def __getitem__(self, module: str) -> Update:
         return self.makers[module](self.read)

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +17,8 @@ from mot_lora.checkpoints.companions import NOT_DOWNLOADED, QUANTIZED, companion
 from mot_lora.checkpoints.hub import locate
 from mot_lora.checkpoints.quantized import method_of, why_quantized, without
 from mot_lora.checkpoints.tensorfile import DTYPES, TensorFile
+from mot_lora.checkpoints.weight_files import INDEX_FILE, NAMED, SINGLE_FILE, WeightFiles, read_object
 from mot_lora.errors import UserError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-NAMED = "transformers_weights"  # the key of a config that names another file or index
-PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-DISTRIBUTED = "shard-?????-model-?????-of-?????.safetensors"  # what transformers takes before all others
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Checkpoint:
             raise UserError(f"{name}: {what}: it has no config.json; give the folder or Hub name of the full model")
         checkpoint = cls(path, str(name))
         if weights:
-            locate(name, checkpoint._wanted())
+            locate(name, checkpoint.weights.wanted)
         checkpoint._refuse_quantized(weights)
         if weights and not checkpoint.files:
             raise UserError(f"{name}: its weights are empty")
@@ -62,7 +56,7 @@ class Checkpoint:
     @cached_property
     def stored_config(self) -> dict[str, Any]:
         """The config as it is stored."""
-        return _object(self.path / "config.json", "a model's config")
+        return read_object(self.path / "config.json", "a model's config")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -89,85 +83,29 @@ class Checkpoint:
         from huggingface_hub import get_safetensors_metadata
 
         if Path(self.name).is_dir():
-            return self._tensors if any(self._beside) else {}
+            return self._tensors if any(self.weights.beside) else {}
         try:
             files = get_safetensors_metadata(self.name).files_metadata.values()
         except Exception:  # offline, gated, not safetensors: told when the weights are wanted
             return {}
         return {n: (DTYPES.get(t.dtype, torch.uint8), t.shape) for file in files for n, t in file.tensors.items()}
 
-    # --- which files are the model -----------------------------------------------------------------------
-
     @cached_property
-    def shards(self) -> list[Path]:
-        """The files that hold the model: one named by the config, one alone, those of an index, in this order."""
-        if found := sorted(self.path.glob(DISTRIBUTED)):
-            raise UserError(
-                f"{self.path}: holds {found[0].name}, a distributed checkpoint, which transformers takes before all "
-                "else; load it and save it as one model, or move it away"
-            )
-        if self.index:
-            return sorted({self.path / file for file in self.index.values()})
-        if named := self.stored_config.get(NAMED):
-            return [self.path / _inside(named, "config.json")]
-        if _is_there(self.path / SINGLE_FILE):
-            return [self.path / SINGLE_FILE]
-        parts = {int(m[1]): (path, int(m[2])) for path in self._beside if (m := PART.fullmatch(path.name))}
-        if parts and all(set(parts) == set(range(1, n + 1)) for _, n in parts.values()):
-            return [path for _, (path, _) in sorted(parts.items())]
-        raise UserError(f"{self.path}: {self._unread}")
+    def weights(self) -> WeightFiles:
+        """Which of the folder's files hold the model."""
+        return WeightFiles(self.path, self.name, self.stored_config.get(NAMED))
 
-    @cached_property
-    def index(self) -> Mapping[str, str]:
-        """Tensor name -> the file that is to hold it; empty for a model without an index, or one that is not used."""
-        named = self.stored_config.get(NAMED)
-        if named and not str(named).endswith(".index.json"):
-            return {}
-        file = self.path / (named or INDEX_FILE)
-        if not named and (_is_there(self.path / SINGLE_FILE) or not _is_there(file)):
-            return {}
-        try:
-            return {name: _inside(at, file.name) for name, at in _object(file, "an index")["weight_map"].items()}
-        except (LookupError, AttributeError) as e:
-            raise UserError(f"{file}: damaged ({e!r}); download the model again") from e
-
-    @property
-    def _beside(self) -> list[Path]:
-        return sorted(self.path.glob("*.safetensors"))
-
-    @property
-    def _unread(self) -> str:
-        """Why none of the files here is the model."""
-        others = [path.name for path in self._beside if not path.name.startswith("adapter_")]
-        if others and all(map(PART.fullmatch, others)):
-            return f"has no {INDEX_FILE}, and not all shards ({', '.join(others)}); download the model again"
-        if others:
-            return f"transformers takes its weights from {SINGLE_FILE} or an index; rename {', '.join(others)}"
-        if (self.path / "adapter_config.json").exists():
-            return "an adapter, not a model: it holds no weights of a full model; give its base"
-        if any(self.path.glob("*.gguf")):
-            return "its weights are GGUF, which is quantized; give the original 16-bit model"
-        if not Path(self.name).is_dir():
-            return f"the Hub's cache has no .safetensors of {self.name}; is it offline, or has it another format?"
-        return (
-            "its weights are not .safetensors; convert them: AutoModelForCausalLM.from_pretrained("
-            "folder).save_pretrained(new_folder)"
-        )
-
-    def _wanted(self) -> list[str]:
-        """What to download of the weights."""
-        named = self.stored_config.get(NAMED)
-        return [*({*self.index.values()} or ([named] if named else [SINGLE_FILE, "model-*-of-*.safetensors"]))]
+    # --- its tensors -------------------------------------------------------------------------------------
 
     @cached_property
     def files(self) -> dict[str, TensorFile]:
         """Tensor name -> the shard that holds it."""
-        files = {name: file for file in map(TensorFile, self.shards) for name in file.entries}
-        missing = sorted(name for name in self.index if name not in files and not self._may_lack(name))
+        files = {name: file for file in map(TensorFile, self.weights.shards) for name in file.entries}
+        missing = sorted(name for name in self.weights.index if name not in files and not self._may_lack(name))
         if missing:
             raise UserError(
-                f"{self.path}: its index lists {missing[0]} in {self.index[missing[0]]}, which does not hold it; "
-                "download the model again"
+                f"{self.path}: its index lists {missing[0]} in {self.weights.index[missing[0]]}, which does not hold "
+                "it; download the model again"
             )
         return files
 
@@ -184,14 +122,16 @@ class Checkpoint:
     @property
     def remarks(self) -> list[str]:
         """What the folder holds or says that is no part of the model, and is left: a line each."""
-        shards = set(self.shards)
-        beside = [path.name for path in self._beside if path not in shards and not path.name.startswith("adapter_")]
+        shards = set(self.weights.shards)
+        beside = [
+            path.name for path in self.weights.beside if path not in shards and not path.name.startswith("adapter_")
+        ]
         remarks = list[str]()
         if beside:
-            used = self.shards[0].name if len(shards) == 1 else f"what {INDEX_FILE} lists"
+            used = self.weights.shards[0].name if len(shards) == 1 else f"what {INDEX_FILE} lists"
             others = beside[0] + (f" and {len(beside) - 1} more" if len(beside) > 1 else "")
             remarks.append(f"{self.name}: {used} is the model, as for transformers; {others} beside it is not read")
-        if len(shards) > 1 and not self.index:
+        if len(shards) > 1 and not self.weights.index:
             remarks.append(f"{self.name}: has no {INDEX_FILE}; its {len(shards)} numbered shards are the model")
         if any((self.path / f"adapter_{what}").exists() for what in ("config.json", SINGLE_FILE)):
             remarks.append(f"{self.name}: the adapter in the model's folder is no part of it and is not read")
@@ -216,13 +156,11 @@ class Checkpoint:
             for file in self.companions:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).symlink_to((self.path / file).absolute())
-            for shard in self.shards:
+            for shard in self.weights.shards:
                 (folder / shard.name).symlink_to(shard.absolute())
             size = sum(file.entries[name].end - file.entries[name].start for name, file in self.files.items())
             describe(folder, self.config, {name: file.path.name for name, file in self.files.items()}, size)
             yield folder
-
-    # --- its tensors -------------------------------------------------------------------------------------
 
     def tensor(self, name: str, device: str | torch.device = "cpu", pinned: bool = False) -> Tensor:
         """One tensor as it is stored (see `TensorFile.read`)."""
@@ -266,25 +204,3 @@ def describe(folder: Path, config: Mapping[str, Any], where: Mapping[str, str], 
     if set(where.values()) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _object(file: Path, what: str) -> dict[str, Any]:
-    try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{file}: not JSON ({e})") from e
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: not {what}: it must hold an object")
-    return cast("dict[str, Any]", found)
-
-
-def _is_there(file: Path) -> bool:
-    return file.exists() or file.is_symlink()  # a link to nothing is a file that is missing, not another's turn
-
-
-def _inside(file: object, by: str) -> str:
-    """A file's name as an index or a config may give it. Errors: UserError for one that leaves the folder."""
-    path = PurePosixPath(str(file))
-    if not isinstance(file, str) or path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-        raise UserError(f"{by} names {file!r}, which is no .safetensors file of its folder")
-    return file

@@ -174,7 +174,7 @@ def _companions(p: Placement, out: Path) -> None:
         name = str(p.dtype).removeprefix("torch.")
         config = _in(config, name) | dict.fromkeys(FORMAT, name)
     if p.untied:
-        config = p.layout.untie(config)
+        config = p.layout.architecture.untie(config)
     where = {name: file for file, names in p.files.items() for name in names}
     size = sum(math.prod(p.stored(n).shape) * p.dtype_of(n)[0].itemsize for n in where)
     describe(out, config, where, size)

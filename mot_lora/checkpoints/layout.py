@@ -1,22 +1,19 @@
 """How a checkpoint's tensors hold a model's parameters: under which names, transposed, tied, stacked or in pieces."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from mot_lora.checkpoints.architecture import Architecture
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.conversion import Conversion, Way
 from mot_lora.errors import UserError
-
-TEXT = re.compile(r"^(?:(?:model|thinker|language_model|text_model|llm)\.)+")
-"""What a text model's names begin with, alone and within models that also see or hear."""
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
@@ -25,7 +22,7 @@ EXPERT = re.compile(r"(.+\.experts\.\w+_proj)s\.(\d+)(?:\.weight)?")
 
 
 @dataclass(frozen=True)
-class Spot:
+class Target:
     """What an adapter's update is of: a parameter, one expert of it, or a piece that a converter makes it of."""
 
     name: str
@@ -48,23 +45,13 @@ class Layout:
     checkpoint: Checkpoint
 
     @cached_property
-    def model(self) -> nn.Module | None:
-        """The model that the checkpoint's config describes, on no device; None where transformers has no such class."""
-        import transformers
-        from transformers.utils import logging
+    def architecture(self) -> Architecture:
+        return Architecture(self.checkpoint)
 
-        names: list[str] = self.checkpoint.config.get("architectures") or []
-        kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
-        if kind is None:
-            return None
-        said = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
-            config = cast("Any", transformers.AutoConfig).from_pretrained(self.checkpoint.path)
-            with torch.device("meta"):
-                return kind(config) if names else kind.from_config(config)
-        finally:
-            logging.set_verbosity(said)
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that the config describes, on no device; None where transformers has no such class."""
+        return self.architecture.model
 
     @cached_property
     def conversion(self) -> Conversion | None:
@@ -88,24 +75,13 @@ class Layout:
 
     @cached_property
     def _tied(self) -> Mapping[str, str]:
-        said = cast("dict[str, str]", getattr(self.model, "all_tied_weights_keys", None) or {})
+        said = self.architecture.tied
         tied: dict[str, str] = {}
         for source in dict.fromkeys(said.values()):
             family = [source, *(name for name, other in said.items() if other == source)]
             first = next((name for name in family if self.holders.get(name)), source)
             tied |= {name: first for name in family if name != first and self._shares(name, first)}
         return tied
-
-    def untie(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config.json that says of head and embedding that they are apart, on every level that has them.
-
-        Unchanged where the model's class ties them whatever it says (T5): those it leaves apart where they differ.
-        """
-        if self.model is None:
-            return config
-        said: Any = self.model.config
-        apart = _untied(config, said)
-        return config if cast("Any", type(said)).from_dict(deepcopy(apart)).tie_word_embeddings else apart
 
     def _shares(self, name: str, other: str) -> bool:
         stored = [self.holders.get(n) for n in (name, other)]
@@ -147,21 +123,21 @@ class Layout:
 
     # --- what an adapter's names mean ------------------------------------------------------------
 
-    def spot(self, module: str) -> Spot:
+    def target(self, module: str) -> Target:
         """What a module's update belongs to: its weight, unless it is named in full.
 
         A name may be that of this model, of the same in an older or newer transformers, or of its text model alone.
 
         Errors: UserError for a name that is none of these.
         """
-        if module in self._spots:
-            return self._spots[module]
+        if module in self._targets:
+            return self._targets[module]
         names = (f"{module}.weight", module)
-        text_names = (other for name in names for other in self._text_names(name))
+        text_names = (other for name in names for other in self.architecture.text_names(name))
         for name in chain(names, text_names):
-            if found := self._spot(name):
+            if found := self._target(name):
                 self._check_told(found.name)
-                return self._spots.setdefault(module, found)
+                return self._targets.setdefault(module, found)
         what = f"{module}: its layer has no bias to take the adapter's up" if module.endswith(".bias") else module
         raise UserError(f"{self.checkpoint.name}: has no {what}, which an adapter updates; is it their base?")
 
@@ -180,44 +156,31 @@ class Layout:
             )
 
     @cached_property
-    def _spots(self) -> dict[str, Spot]:
+    def _targets(self) -> dict[str, Target]:
         return {}
 
-    def _spot(self, name: str) -> Spot | None:
+    def _target(self, name: str) -> Target | None:
         if name in self.parameters:
-            return Spot(name)
+            return Target(name)
         if self.conversion is None:
             return None
-        if (one := EXPERT.fullmatch(name)) and (stacked := self._spot(one[1])):
-            return Spot(stacked.name, int(one[2]))
+        if (one := EXPERT.fullmatch(name)) and (stacked := self._target(one[1])):
+            return Target(stacked.name, int(one[2]))
         way = self.conversion.way(name)
         if way and way.pattern:
-            return Spot(way.piece, way=way)
-        return Spot(way.parameter) if way and way.parameter in self.parameters else None
-
-    def _text_names(self, name: str) -> Iterator[str]:
-        """What the text model's part of this name may be called here."""
-        model: Any = self.model
-        rest = TEXT.sub("", name)
-        if model is None:
-            return
-        if rest.startswith("lm_head."):
-            part, rest = model.get_output_embeddings(), rest.removeprefix("lm_head.")
-        else:
-            part = model.get_decoder()
-        for where in (name for name, module in model.named_modules() if name and module is part):
-            yield from (f"{where}.{rest}", f"{where}.model.{rest}")
+            return Target(way.piece, way=way)
+        return Target(way.parameter) if way and way.parameter in self.parameters else None
 
     def parameter(self, module: str) -> str:
         """The model's name for what a module's update is of."""
-        return self.spot(module).name
+        return self.target(module).name
 
     def module(self, name: str) -> nn.Module:
         """A module of the model, by any of its names. UserError when there is none."""
         if self.model is None:
             return nn.Module()
         renamed = self._conversion.renamed(f"{name}.weight").removesuffix(".weight")
-        for known in (name, renamed, *self._text_names(name)):
+        for known in (name, renamed, *self.architecture.text_names(name)):
             try:
                 return self.model.get_submodule(known)
             except AttributeError:
@@ -228,49 +191,40 @@ class Layout:
         """Whether a parameter, or a stored tensor, is of what stands beside the text model: one that sees or hears."""
         if self.conversion and name not in self.parameters and (way := self.conversion.way(name)):
             name = way.parameter
-        return bool(self._text) and not name.startswith(self._text)
-
-    @cached_property
-    def _text(self) -> tuple[str, ...]:
-        """What the names of the text model's parameters and of its head begin with, where it is not all there is."""
-        model: Any = self.model
-        if model is None or model.config.is_encoder_decoder:
-            return ()
-        parts = (model.get_decoder(), model.get_output_embeddings())
-        return tuple(f"{n}." for n, m in model.named_modules() if n and any(m is part for part in parts))
+        return not self.architecture.is_text(name)
 
     # --- and where it is stored ------------------------------------------------------------------
 
-    def names(self, spot: Spot) -> list[str]:
+    def names(self, target: Target) -> list[str]:
         """The stored tensors that an update goes to; of what is tied and not stored, its name if it were."""
-        if spot.name in self.holders:
-            return self.holders[spot.name]
+        if target.name in self.holders:
+            return self.holders[target.name]
         if self.conversion is None:
             return []
-        if spot.way:
-            return [n for p in self.conversion.parameters(spot.way) for n in self.names(Spot(p))]
-        if way := self.made.get(spot.name):
+        if target.way:
+            return [n for p in self.conversion.parameters(target.way) for n in self.names(Target(p))]
+        if way := self.made.get(target.name):
             return [n for piece in self.conversion.pieces(way) for n in self._held(piece)]
-        return [self.conversion.name_for(spot.name)] if spot.name in self.tied else []
+        return [self.conversion.name_for(target.name)] if target.name in self.tied else []
 
-    def wholes(self, spot: Spot) -> list[str]:
+    def wholes(self, target: Target) -> list[str]:
         """The parameters that an update is of, or of a part of which it is."""
-        return self._conversion.parameters(spot.way) if spot.way else [spot.name]
+        return self._conversion.parameters(target.way) if target.way else [target.name]
 
-    def shape(self, spot: Spot) -> torch.Size:
+    def shape(self, target: Target) -> torch.Size:
         """The shape of its updates, [out, in]."""
-        if spot.way:
-            return self._conversion.pieces(spot.way)[spot.name]
-        shape = None if self.conversion is None else self.conversion.shapes.get(spot.name)
-        for name in self.holders.get(self.tied.get(spot.name, spot.name), ()):
+        if target.way:
+            return self._conversion.pieces(target.way)[target.name]
+        shape = None if self.conversion is None else self.conversion.shapes.get(target.name)
+        for name in self.holders.get(self.tied.get(target.name, target.name), ()):
             shape = self.stored_shape(name)
-        if way := self.made.get(spot.name):
+        if way := self.made.get(target.name):
             for piece, wanted in self._conversion.pieces(way).items():
                 for name in self._held(piece):
                     if (stored := self.stored_shape(name)) != wanted:
                         raise UserError(f"{self.checkpoint.name}: {name} is {stored}, its config wants {list(wanted)}")
         whole = torch.empty(shape or (), device="meta")
-        return self._turned(spot, whole if spot.expert is None else whole[spot.expert]).shape
+        return self._turned(target, whole if target.expert is None else whole[target.expert]).shape
 
     def place(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Modules' updates, of all modules that share some stored tensor, as what is added to the stored tensors."""
@@ -279,18 +233,18 @@ class Layout:
         ways: dict[str, Way] = {}
         placed: dict[str, Tensor] = {}
         for module, update in updates.items():
-            spot = self.spot(module)
-            if spot.name in self.holders and spot.way:
-                _add(placed, self.holders[spot.name], update)
-            elif spot.way:
-                ways[spot.way.parameter] = spot.way
-                _add(pieces.setdefault(spot.way.parameter, {}), [spot.name], update)
-            elif spot.expert is None:
-                _add(parameters, [spot.name], self._turned(spot, update))
+            target = self.target(module)
+            if target.name in self.holders and target.way:
+                _add(placed, self.holders[target.name], update)
+            elif target.way:
+                ways[target.way.parameter] = target.way
+                _add(pieces.setdefault(target.way.parameter, {}), [target.name], update)
+            elif target.expert is None:
+                _add(parameters, [target.name], self._turned(target, update))
             else:
-                if spot.name not in parameters:
-                    parameters[spot.name] = update.new_zeros(self._conversion.shapes[spot.name])
-                parameters[spot.name][spot.expert] += self._turned(spot, update)
+                if target.name not in parameters:
+                    parameters[target.name] = update.new_zeros(self._conversion.shapes[target.name])
+                parameters[target.name][target.expert] += self._turned(target, update)
         for name, some in pieces.items():
             for parameter, update in self._converted(ways[name], some, together=True).items():
                 _add(parameters, [parameter], update)
@@ -299,19 +253,19 @@ class Layout:
             for piece, update in self._converted(way, mine, together=False).items():
                 _add(placed, self._held(piece), update)
         for name, update in parameters.items():
-            _add(placed, self.names(Spot(name)), update)
+            _add(placed, self.names(Target(name)), update)
         return placed
 
     def weight(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A module's weight as it is multiplied with, [out, in]."""
-        spot = self.spot(module)
-        if not spot.way:
-            whole = self._parameter(spot.name, dtype)
-            return self._turned(spot, whole if spot.expert is None else whole[spot.expert])
-        if held := self.holders.get(spot.name):
+        target = self.target(module)
+        if not target.way:
+            whole = self._parameter(target.name, dtype)
+            return self._turned(target, whole if target.expert is None else whole[target.expert])
+        if held := self.holders.get(target.name):
             return self.checkpoint.tensor(held[0]).to(dtype)
-        whole = {name: self._parameter(name, dtype) for name in self._conversion.parameters(spot.way)}
-        return self._converted(spot.way, whole, together=False)[spot.name]
+        whole = {name: self._parameter(name, dtype) for name in self._conversion.parameters(target.way)}
+        return self._converted(target.way, whole, together=False)[target.name]
 
     def _parameter(self, name: str, dtype: torch.dtype) -> Tensor:
         """A parameter's values, as the model has them."""
@@ -323,10 +277,10 @@ class Layout:
         pieces = {p: self.checkpoint.tensor(self._held(p)[0]).to(dtype) for p in self._conversion.pieces(way)}
         return self._converted(way, pieces, together=True)[name]
 
-    def _turned(self, spot: Spot, tensor: Tensor) -> Tensor:
+    def _turned(self, target: Target, tensor: Tensor) -> Tensor:
         """A parameter's update, [out, in], as the model stores it; and the other way round."""
-        owner = None if self.model is None else self.model.get_submodule(spot.name.rpartition(".")[0])
-        stacked = tensor.ndim == 3 or spot.expert is not None
+        owner = None if self.model is None else self.model.get_submodule(target.name.rpartition(".")[0])
+        stacked = tensor.ndim == 3 or target.expert is not None
         if stacked and getattr(owner, "is_transposed", False):
             return tensor.mT
         return tensor.T if tensor.ndim == 2 and type(owner).__name__ == "Conv1D" else tensor
@@ -354,14 +308,3 @@ class Layout:
 def _add(sums: dict[str, Tensor], names: Iterable[str], update: Tensor) -> None:
     for name in names:
         sums[name] = sums[name] + update if name in sums else update
-
-
-def _untied(config: dict[str, Any], said: Any) -> dict[str, Any]:
-    """A config.json without ties, on each level on which the config that was made of it has one."""
-    inner = {
-        key: _untied(cast("dict[str, Any]", config[key]), getattr(said, key))
-        for key in said.sub_configs
-        if isinstance(config.get(key), dict)
-    }
-    tied = "tie_word_embeddings" in config or getattr(said, "tie_word_embeddings", False)
-    return {**config, **inner, **({"tie_word_embeddings": False} if tied else {})}

@@ -41,7 +41,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Loaded | N
         name: torch.empty(file.entries[name].shape, dtype=file.entries[name].dtype, device="meta")
         for name, file in checkpoint.files.items()
     }
-    with _silent(), without_bars(), checkpoint.alone() as folder:
+    with without_warnings(), without_bars(), checkpoint.alone() as folder:
         try:
             model, said = kind.from_pretrained(
                 None,
@@ -75,7 +75,8 @@ def without_bars() -> Generator[None]:
 
 
 @contextmanager
-def _silent() -> Generator[None]:
+def without_warnings() -> Generator[None]:
+    """Keep back what transformers logs."""
     from transformers.utils import logging
 
     said = logging.get_verbosity()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mot_lora.checkpoints.checkpoint import Checkpoint
-from mot_lora.checkpoints.layout import Layout, Spot
+from mot_lora.checkpoints.layout import Layout, Target
 from mot_lora.checkpoints.loading import load
 from mot_lora.checkpoints.targets import ends, is_target, is_within
 from mot_lora.checkpoints.tensorfile import Entry
@@ -52,25 +52,25 @@ class Placement:
         return self.layout.is_plain(self.shapes)
 
     @cached_property
-    def spots(self) -> dict[str, Spot]:
+    def targets(self) -> dict[str, Target]:
         """What each module's update is of.
 
         Errors: UserError for an update that fits nothing of the base, which says which adapter's it is.
         """
-        spots: dict[str, Spot] = {}
+        targets: dict[str, Target] = {}
         for module, shape in self.shapes.items():
             try:
-                spot = spots[module] = self.layout.spot(module)
-                wanted = self.layout.shape(spot)
+                target = targets[module] = self.layout.target(module)
+                wanted = self.layout.shape(target)
             except UserError as e:
-                raise UserError(f"{e} (adapter {self._whose(module)})") from e
+                raise UserError(f"{e} (adapter {self._adapters_of(module)})") from e
             if wanted != shape:
-                name = next(iter(self.layout.names(spot)), spot.name)
+                name = next(iter(self.layout.names(target)), target.name)
                 raise UserError(
                     f"{self.checkpoint.name}: {name} is {list(wanted)}, the update of {module} by adapter "
-                    f"{self._whose(module)} {list(shape)}; is it their base?"
+                    f"{self._adapters_of(module)} {list(shape)}; is it their base?"
                 )
-        return spots
+        return targets
 
     @cached_property
     def units(self) -> dict[str, list[str]]:
@@ -87,7 +87,7 @@ class Placement:
         units: dict[str, list[str]] = {}
         for module in self.shapes:
             first, *others = together[held[module][0]] if held[module] else [module]
-            name = self.layout.wholes(self.spots[first])[0].removesuffix(".weight") if others else module
+            name = self.layout.wholes(self.targets[first])[0].removesuffix(".weight") if others else module
             units.setdefault(name, []).append(module)
         return units
 
@@ -102,10 +102,10 @@ class Placement:
         }
 
     def _held(self, module: str) -> list[str]:
-        names = self.layout.names(self.spots[module])
+        names = self.layout.names(self.targets[module])
         if not names:
             raise UserError(
-                f"{self.checkpoint.name}: has no {self.spots[module].name}, which {self._whose(module)} updates"
+                f"{self.checkpoint.name}: has no {self.targets[module].name}, which {self._adapters_of(module)} updates"
             )
         return [n for n in names if n in self.checkpoint.files or n in self.untied]  # else it stays tied
 
@@ -114,18 +114,18 @@ class Placement:
         """What the folded model holds apart, and the base does not: its name, and where the base has its values."""
         if self.plain:
             return {}
-        modules = {spot.name: module for module, spot in self.spots.items()}
+        modules = {target.name: module for module, target in self.targets.items()}
         apart = {
             name
             for name, source in self.layout.tied.items()
             if (name in modules or source in modules) and not self._alike(modules.get(name), modules.get(source))
         }
-        if apart and self.layout.untie(self.checkpoint.config) != self.checkpoint.config:
+        if apart and self.layout.architecture.untie(self.checkpoint.config) != self.checkpoint.config:
             apart = self.layout.tied.keys()  # without ties all that shared is written
         return {
-            written: self.layout.names(Spot(self.layout.tied[name]))[0]
+            written: self.layout.names(Target(self.layout.tied[name]))[0]
             for name in apart
-            for written in self.layout.names(Spot(name))
+            for written in self.layout.names(Target(name))
         }
 
     def _alike(self, module: str | None, other: str | None) -> bool:
@@ -136,7 +136,7 @@ class Placement:
             for m in self.ledger
         )
 
-    def _whose(self, module: str) -> str:
+    def _adapters_of(self, module: str) -> str:
         return ", ".join(f"`{a.name}`" for m in self.ledger for a in m.adapters if module in a.updates)
 
     def check(self) -> None:
@@ -151,19 +151,21 @@ class Placement:
         """A method that is not linear has to see all updates of a parameter together, under one name."""
         taken: dict[tuple[str, int | None], str] = {}
         partly: dict[str, str] = {}
-        for module, spot in self.spots.items():
-            whole = self.layout.wholes(spot)
-            other = taken.get((spot.name, spot.expert)) or next((m for n in whole if (m := taken.get((n, None)))), None)
-            if not spot.is_whole:
+        for module, target in self.targets.items():
+            whole = self.layout.wholes(target)
+            other = taken.get((target.name, target.expert)) or next(
+                (m for n in whole if (m := taken.get((n, None)))), None
+            )
+            if not target.is_whole:
                 partly |= dict.fromkeys(whole, module)
             elif not other:
-                other = partly.get(spot.name)
+                other = partly.get(target.name)
             if other:
                 raise UserError(
-                    f"{spot.name}: updated as {module} and as {other}: adapters of two layouts; save them alike, or "
+                    f"{target.name}: updated as {module} and as {other}: adapters of two layouts; save them alike, or "
                     "merge them by method linear"
                 )
-            taken[spot.name, spot.expert] = module
+            taken[target.name, target.expert] = module
 
     def pieces(self, unit: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the ledger adds to the stored tensors that hold one unit."""
@@ -243,10 +245,10 @@ def check_complete(adapter: Adapter, layout: Layout, plain: bool) -> None:
     whole = any(adapter.targets.get(key) for key in ("modules_to_save", "target_parameters"))
     if plain and not missing and not whole and not is_target(adapter.targets, HEAD):
         return
-    spots = {module: layout.spot(module) for module in adapter.updates}
-    have = {spot.name for spot in spots.values()} | {n for spot in spots.values() for n in layout.names(spot)}
+    targets = {module: layout.target(module) for module in adapter.updates}
+    have = {name for target in targets.values() for name in (target.name, *layout.names(target))}
     stored = layout.checkpoint.files
-    speaks_stored = any(n in stored and n not in layout.parameters for m in spots for n in (f"{m}.weight", m))
+    speaks_stored = any(n in stored and n not in layout.parameters for m in targets for n in (f"{m}.weight", m))
     own = stored if speaks_stored else sorted(layout.parameters)
     beside = any(layout.is_beside(name) for name in have)
     if missing := [name for name in _missing(adapter, own, have) if beside or not layout.is_beside(name)]:

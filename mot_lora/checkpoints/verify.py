@@ -50,7 +50,7 @@ def verify_placement(p: Placement, out: Path, progress: Progress = silent) -> Ve
         entry, asked = written.files[name].entries[name], (p.dtype_of(name)[0], tuple(p.stored(name).shape))
         if (entry.dtype, entry.shape) != asked:
             raise UserError(f"{out}: {name} is {entry.dtype} {list(entry.shape)}, not {asked[0]} {list(asked[1])}")
-    if p.untied and p.layout.untie(written.config) != written.config:
+    if p.untied and p.layout.architecture.untie(written.config) != written.config:
         raise UserError(f"{out}: config.json has tie_word_embeddings, but {min(p.untied)} is no longer tied")
     found: dict[str, VerifiedTensor] = {}
     for module, places in p.places.items():

@@ -134,9 +134,9 @@ class Adapter:
     targets: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
-    def sketches(self) -> Mapping[str, Update]:
-        """The updates as far as their shapes, ranks and forms go: nothing is read where they are read lazily."""
-        return getattr(self.updates, "sketches", self.updates)
+    def meta_updates(self) -> Mapping[str, Update]:
+        """The updates with their shapes, ranks and forms, but maybe no numbers: nothing is read that is read lazily."""
+        return getattr(self.updates, "meta_updates", self.updates)
 
 
 def concatenate(parts: Sequence[Factors], weights: Sequence[float], dtype: torch.dtype = torch.float32) -> Factors:

@@ -229,7 +229,7 @@ def combine(
     shapes: dict[str, torch.Size] = {}
     forms: dict[str, Form] = {}
     for adapter in adapters:
-        for module, update in adapter.sketches.items():
+        for module, update in adapter.meta_updates.items():
             if shapes.setdefault(module, update.shape) != update.shape:
                 raise UserError(
                     f"adapter `{adapter.name}`, module {module}: shape {list(update.shape)}, "

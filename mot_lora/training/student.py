@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.loading import without_bars
 from mot_lora.checkpoints.placement import Placement
-from mot_lora.checkpoints.prefetch import ahead
+from mot_lora.checkpoints.prefetch import prefetch
 from mot_lora.checkpoints.weights import quantization_config, read_weight, write_weight
 from mot_lora.config import Config
 from mot_lora.errors import NO_MEMORY, UserError, enough_memory, is_out_of_memory
@@ -189,7 +189,7 @@ def fold(
         return checkpoint.tensor(name, pinned=cast("Tensor", layers[module].weight).is_cuda)
 
     modules = sorted(held, key=lambda module: checkpoint.where(held[module][0]))
-    with closing(ahead(read, modules, AHEAD)) as stored:
+    with closing(prefetch(read, modules, AHEAD)) as stored:
         for module in modules:
             with enough_memory(f"folding {module}", f"end what else uses {model.device}; the same command goes on"):
                 yield _fold_module(module, layers[module], next(stored), ledger, new)

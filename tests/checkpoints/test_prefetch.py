@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mot_lora.checkpoints.prefetch import ahead
+from mot_lora.checkpoints.prefetch import prefetch
 
 LIMIT = 20  # seconds after which something hangs
 
 
 def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("ahead")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def no_thread_is_left() -> Iterator[None]:
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(), max_size=12), st.integers(0, 14))
 def test_it_is_a_map(items: list[int], n: int) -> None:
-    assert list(ahead(str, items, n)) == list(map(str, items))
+    assert list(prefetch(str, items, n)) == list(map(str, items))
     assert not threads()
 
 
@@ -43,7 +43,7 @@ def test_no_more_than_n_wait(size: int, n: int, data: st.DataObject) -> None:
         begun.append(item)
         return item
 
-    results = ahead(work, range(size), n)
+    results = prefetch(work, range(size), n)
     for taken in range(1, data.draw(st.integers(1, size), "taken") + 1):
         assert next(results) == taken - 1
         if data.draw(st.booleans(), "wait"):
@@ -62,7 +62,7 @@ def test_n_results_are_made_while_nobody_asks(n: int) -> None:
         made.release()
         return item
 
-    results = ahead(work, itertools.count(), n)
+    results = prefetch(work, itertools.count(), n)
     assert next(results) == 0
     for _ in range(1 + n):  # the one that was asked for, and those ahead
         assert made.acquire(timeout=LIMIT)
@@ -72,7 +72,7 @@ def test_n_results_are_made_while_nobody_asks(n: int) -> None:
 
 def test_without_anything_ahead_it_is_as_lazy_as_a_map() -> None:
     begun: list[int] = []
-    results = ahead(begun.append, range(5), 0)
+    results = prefetch(begun.append, range(5), 0)
     for asked in range(5):
         assert len(begun) == asked
         next(results)
@@ -81,7 +81,7 @@ def test_without_anything_ahead_it_is_as_lazy_as_a_map() -> None:
 
 def test_nothing_begins_before_the_first_is_asked_for() -> None:
     begun: list[int] = []
-    results = ahead(begun.append, iter([1, 2]), 2)
+    results = prefetch(begun.append, iter([1, 2]), 2)
     assert not threads()
     del results
     assert begun == []
@@ -101,7 +101,7 @@ def test_an_error_comes_in_its_place_and_as_it_is(at: int, more: int, n: int) ->
             raise error
         return item
 
-    results = ahead(work, range(at + more), n)
+    results = prefetch(work, range(at + more), n)
     assert list(itertools.islice(results, at)) == list(range(at))
     with pytest.raises(OddError) as e:
         next(results)
@@ -121,7 +121,7 @@ def test_dropping_it_waits_for_the_one_at_work_and_does_no_more() -> None:
             assert go.wait(LIMIT)
         return item
 
-    results = ahead(work, range(9), 4)
+    results = prefetch(work, range(9), 4)
     next(results)
     assert at_work.wait(LIMIT)
     threading.Timer(0.05, go.set).start()
@@ -133,7 +133,7 @@ def test_dropping_it_waits_for_the_one_at_work_and_does_no_more() -> None:
 
 def test_an_error_of_the_caller_ends_it() -> None:
     def caller() -> None:
-        for x in ahead(str, range(9), 2):
+        for x in prefetch(str, range(9), 2):
             raise OddError(x)
 
     with pytest.raises(OddError, match="0"):
@@ -144,7 +144,7 @@ def test_what_was_given_out_is_not_kept() -> None:
     class Result:
         pass
 
-    results = ahead(lambda _: Result(), range(9), 2)
+    results = prefetch(lambda _: Result(), range(9), 2)
     for _ in range(5):
         given = next(results)
         alive = weakref.ref(given)
@@ -161,8 +161,8 @@ def test_what_was_given_out_is_not_kept() -> None:
 )
 def test_a_program_that_stops_half_way_ends(ending: str) -> None:
     program = f"""
-from mot_lora.checkpoints.prefetch import ahead
-results = ahead(str, range(99), 2)
+from mot_lora.checkpoints.prefetch import prefetch
+results = prefetch(str, range(99), 2)
 def main():
     global keep
     for x in results:
@@ -179,7 +179,7 @@ main()
 def test_ctrl_c_while_it_waits_for_a_result() -> None:
     program = """
 import signal, threading, time
-from mot_lora.checkpoints.prefetch import ahead
+from mot_lora.checkpoints.prefetch import prefetch
 waiting = threading.Event()
 def work(x):
     if x == 1:
@@ -189,7 +189,7 @@ def work(x):
         time.sleep(0.3)
     return x
 try:
-    for x in ahead(work, range(99), 1):
+    for x in prefetch(work, range(99), 1):
         print(x, flush=True)
         waiting.set()
 except KeyboardInterrupt:

@@ -365,7 +365,7 @@ def test_modules_come_as_they_lie_on_disk(qwen3: Path, shuffled: tuple[Path, lis
 
 def reading() -> list[str]:
     """The threads that read ahead."""
-    return [t.name for t in threading.enumerate() if t.name.startswith("ahead")]
+    return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_a_shard_that_cannot_be_read_is_named(shuffled: tuple[Path, list[str]], qwen3: Path) -> None:
