@@ -1,6 +1,6 @@
-"""Training: the student in memory, and one branch of it: an adapter trained on one teacher's traces.
+"""Training: the student in memory, and one branch: an adapter trained on one teacher's traces.
 
-It knows one branch at a time and nothing of rounds or run folders; W_0 is never written to, and folds go into memory.
+It handles one branch at a time and knows neither rounds nor run folders. W_0 is never written to; folds go into memory.
 """
 
 import lazy_loader

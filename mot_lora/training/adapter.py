@@ -1,4 +1,4 @@
-"""The one LoRA adapter on the student: put on, made new for each branch, and loaded again."""
+"""The one LoRA adapter on the student: adding it, resetting it for each branch, and loading its weights."""
 
 import math
 import warnings
@@ -25,9 +25,9 @@ ADAPTER = "default"
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
-    """Put the one LoRA adapter on the student, in fp32 whatever the base is in.
+    """Add the one LoRA adapter to the student, in fp32 whatever the dtype of the base.
 
-    Errors: UserError when the targets match no linear layer.
+    Errors: UserError if the targets match no linear layer.
     """
     targets = lora.target_modules
     config = PeftLoraConfig(
@@ -48,27 +48,27 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
         try:
             peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as e:
-            why = "match no layer" if "not found" in str(e) else f"cannot be had ({' '.join(str(e).split())[:120]})"
+            why = "match no layer" if "not found" in str(e) else f"cannot be used ({' '.join(str(e).split())[:120]})"
             raise UserError(f"lora.target_modules {targets!r} {why}; the student has {', '.join(linear)}") from e
-    said: Any = peft_model.peft_config[ADAPTER]
-    if not isinstance(said.target_modules, str):  # a set, whose order is another in every process; it is written
-        said.target_modules = sorted(said.target_modules or ())
+    written: Any = peft_model.peft_config[ADAPTER]
+    if not isinstance(written.target_modules, str):  # PEFT has a set, whose order in the file would vary by process
+        written.target_modules = sorted(written.target_modules or ())
     base: Any = peft_model.get_base_model()
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
             inner = cast("Any", layer.get_base_layer())
             if not isinstance(inner, nn.Linear):
-                what = f"{name} is no linear layer but {type(inner).__name__}"
-                raise UserError(f"lora.target_modules {targets!r}: {what}; take of [{','.join(linear)}]")
+                what = f"{name} is not a linear layer but {type(inner).__name__}"
+                raise UserError(f"lora.target_modules {targets!r}: {what}; choose from [{','.join(linear)}]")
             if inner.weight is base.get_input_embeddings().weight:
                 raise UserError(f"lora.target_modules {targets!r}: {name} is tied to the embedding; leave it out")
     return cast("PeftModel", peft_model)
 
 
 def check_targets(path: Path, lora: LoraConfig, trust_remote_code: bool = False) -> None:
-    """Put the adapter on a student without weights, to find targets that match nothing before any are read.
+    """Add the adapter to a student without weights, to find invalid targets before any weights are read.
 
-    Errors: UserError as `add_adapter`, and for a model that transformers does not know.
+    Errors: UserError as in `add_adapter`, and for a model that transformers does not know.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -79,14 +79,14 @@ def check_targets(path: Path, lora: LoraConfig, trust_remote_code: bool = False)
     except UserError:
         raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as e:
-        hint = "" if trust_remote_code else "; code of its own runs only with trust_remote_code: true"
-        raise UserError(f"{path}: no causal language model that can be loaded ({_line(e)}){hint}") from e
+        hint = "" if trust_remote_code else "; a model's own code runs only with trust_remote_code: true"
+        raise UserError(f"{path}: cannot be loaded as a causal language model ({_line(e)}){hint}") from e
 
 
 def reset_adapter(model: PeftModel, seed: int) -> None:
-    """Make the adapter new: A as LoRA starts it, uniform in +-1/sqrt(in), B = 0.
+    """Reset the adapter to LoRA's initial weights: A uniform in +-1/sqrt(in), B = 0.
 
-    A depends on (seed, module) alone, so that every branch of a round starts from the same A, on any device.
+    A depends only on (seed, module), so that every branch of a round starts from the same A, on any device.
     """
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
@@ -100,7 +100,7 @@ def reset_adapter(model: PeftModel, seed: int) -> None:
 
 
 def load_weights(model: PeftModel, folder: Path) -> None:
-    """Give the adapter the weights that a branch was saved with."""
+    """Load a saved branch's weights into the adapter."""
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), ADAPTER)
 
 

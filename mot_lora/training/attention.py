@@ -1,4 +1,4 @@
-"""Attention on GPUs before Ampere: keys and values repeated, so that a kernel takes them that makes no scores."""
+"""Attention on GPUs before Ampere: keys and values are repeated, so that a memory-efficient kernel applies."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +12,9 @@ REPEATED = "sdpa_repeated"
 
 
 def needs_repeating(capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability has no kernel for keys and values that several heads share.
+    """Whether a GPU of this compute capability has no fast kernel for keys and values shared by several heads.
 
-    torch's FlashAttention needs 8.0 (Ampere), its memory-efficient kernel takes as many heads of keys as of queries.
+    torch's FlashAttention needs 8.0 (Ampere); its memory-efficient kernel needs as many heads of keys as of queries.
 
     >>> needs_repeating((7, 5))
     True
@@ -23,9 +23,9 @@ def needs_repeating(capability: tuple[int, int]) -> bool:
 
 
 def repeat_shared_heads(model: Any) -> None:
-    """Have a model that computes attention by torch's SDPA hand it keys and values once for each head of queries.
+    """Make a model that uses torch's SDPA pass it keys and values repeated for each head of queries.
 
-    Without that whole score matrices are made where no mask is given, [heads, length, length].
+    Otherwise SDPA without a mask would compute whole score matrices, [heads, length, length].
     """
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(REPEATED, _repeated)
@@ -38,7 +38,7 @@ def _repeated(
 ) -> tuple[Tensor, Tensor | None]:
     heads = query.shape[1] // key.shape[1]
     if attention_mask is None and heads > 1:
-        # to an object without num_key_value_groups nothing is shared any more
+        # transformers repeats no heads for an object without num_key_value_groups
         module = SimpleNamespace(is_causal=getattr(module, "is_causal", True), training=module.training)
         key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)

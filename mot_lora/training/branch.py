@@ -46,12 +46,12 @@ def train(
     """Train the model's adapter on the examples, in place, with a fresh optimizer and schedule.
 
     The loss of a step is the mean over all its trained tokens, - 1/n sum log p(token), in fp32 from chunked logits; its
-    traces stand by length. AdamW; `settings` has the rest. With a `job`, its state is kept there every `save_steps`, at
-    the end and when a signal comes, and training goes on from it: to the same adapter, byte for byte, as without a
-    stop. This is the seam `train=` of `run`: any function with these arguments can take its place.
+    traces are batched by length. The optimizer is AdamW. With a `job` the state is saved there every `save_steps`, at
+    the end and on a signal; training resumes from it and ends with the same adapter, byte for byte, as without the
+    interruption. This is the seam `train=` of `run`: any function with these arguments can replace it.
 
-    Errors: DivergedError for a loss that is not finite or worse than guessing; UserError when memory runs out, and for
-    what `uses_liger` finds.
+    Errors: DivergedError for a loss that is not finite or worse than guessing; UserError if memory runs out, and as in
+    `uses_liger`.
 
     >>> run(config, train=my_train)  # doctest: +SKIP
     """
@@ -60,16 +60,16 @@ def train(
         folder = job.state if job else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        found = newest(folder)
-        # its optimizer would go on with the old one, or it has learned by another schedule
-        if found and (found[1].learning_rate, found[1].schedule) != (settings.learning_rate, SCHEDULE):
+        saved = newest(folder)
+        # its optimizer would keep the old learning rate, or it was trained with an older schedule
+        if saved and (saved[1].learning_rate, saved[1].schedule) != (settings.learning_rate, SCHEDULE):
             discard(folder.glob("checkpoint-*"))
-            found = None
+            saved = None
         set_checkpoints(model.get_base_model(), settings)
         stack.enter_context(fast_layers(model, settings))
         shield = stack.enter_context(Shield())
         offload = _offload(model, settings, examples)
-        stays = model.device.type == "cuda" and offload is None  # what host memory could take
+        stays = model.device.type == "cuda" and offload is None  # layers' inputs, which could be offloaded
         trainer = BranchTrainer(
             settings=settings,
             pad_id=cast("int", tokenizer.pad_token_id),
@@ -80,18 +80,18 @@ def train(
         )
         stack.callback(_let_go, trainer, model)
         del offload
-        trainer.remove_callback(PrinterCallback)  # progress has its seam
+        trainer.remove_callback(PrinterCallback)  # progress is reported by `progress`
         watch = Watch(trainer, shield, progress, start, bound=math.log(model.config.vocab_size))
         for name in settings.report_to if job else ():
             track = Track(name, cast("Job", job))
-            trainer.add_callback(track)  # before the watch, which ends the training: no step goes unlogged
+            trainer.add_callback(track)  # before the watch, which can end training: every step is logged
             stack.callback(track.end)
         trainer.add_callback(watch)
-        if found:
-            trainer.trained_tokens, watch.seconds = found[1].tokens, found[1].seconds
+        if saved:
+            trainer.trained_tokens, watch.seconds = saved[1].tokens, saved[1].seconds
         stack.enter_context(enough_memory("", _advice(settings, max(map(len, examples)), stays)))
         try:
-            trainer.go_on(found[0] if found else None)
+            trainer.resume(saved[0] if saved else None)
             _check_trained(model, settings)
             if job:
                 trainer.keep()
@@ -112,9 +112,9 @@ def train(
 
 
 def set_checkpoints(base: Any, settings: BranchConfig) -> None:
-    """Have a student keep only its layers' inputs for the backward pass, or all, as `activation_checkpointing` says.
+    """Turn activation checkpointing on or off: on, only the layers' inputs are kept for the backward pass.
 
-    Without dropout a layer that is computed again needs no random state, which takes a copy from the GPU to keep.
+    Without dropout the recomputation needs no random state; not saving it avoids a copy from the GPU.
     """
     # transformers 5.17 has only the older names
     if not settings.activation_checkpointing:
@@ -124,12 +124,12 @@ def set_checkpoints(base: Any, settings: BranchConfig) -> None:
     dropout |= any(value for name, value in vars(base.config.get_text_config()).items() if name.endswith("dropout"))
     how = {"use_reentrant": False, "preserve_rng_state": dropout}
     getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)(how)
-    base.disable_input_require_grads()  # for reentrant checkpoints alone; it would hold on to the first input
+    base.disable_input_require_grads()  # only reentrant checkpoints need it, and it would keep the first input
 
 
 @contextmanager
 def fast_layers(model: PeftModel, settings: BranchConfig) -> Generator[None]:
-    """Around training: each LoRA layer as one product, no fp32 copies of what layers are given, Liger's kernels."""
+    """During training: each LoRA layer as one product, no fp32 copies of layers' inputs, Liger's kernels if set."""
     with inputs_as_they_are(model), one_product(model), ExitStack() as stack:
         if uses_liger(settings.liger, model.device.type == "cuda"):
             stack.enter_context(fused(model))
@@ -137,10 +137,10 @@ def fast_layers(model: PeftModel, settings: BranchConfig) -> Generator[None]:
 
 
 def _let_go(trainer: BranchTrainer, model: PeftModel) -> None:
-    """Free what training held: the optimizer's state, gradients, pinned memory. The Trainer refers to itself."""
+    """Free the memory of training: optimizer state, gradients, pinned memory. The Trainer has reference cycles."""
     model.zero_grad()
     if isinstance(trainer.optimizer, torch.optim.Optimizer):
-        trainer.optimizer.state.clear()  # with a gradient scaler, accelerate has the optimizer refer to itself
+        trainer.optimizer.state.clear()  # with a gradient scaler, accelerate's optimizer is in a reference cycle
     trainer.accelerator.free_memory()
     vars(trainer).clear()
     if model.device.type == "cuda":
@@ -148,7 +148,7 @@ def _let_go(trainer: BranchTrainer, model: PeftModel) -> None:
 
 
 def _offload(model: PeftModel, settings: BranchConfig, examples: Sequence[Example]) -> Offload | None:
-    """What keeps layers' inputs in host memory, where the longest batch calls for it."""
+    """The offload of layers' inputs to host memory, if the longest batch needs it."""
     shape = model.config.get_text_config()
     rows, longest = settings.largest(max(map(len, examples)))
     tokens = min(rows, len(examples)) * longest
@@ -161,7 +161,7 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
         output_dir=str(folder),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 1,
-        per_device_train_batch_size=settings.traces,  # which the trainer cuts into what is computed at once
+        per_device_train_batch_size=settings.traces,  # a whole step; the trainer splits it into batches
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup,
         max_grad_norm=settings.max_grad_norm,
@@ -171,13 +171,13 @@ def _arguments(settings: BranchConfig, folder: Path, seed: int, device: torch.de
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it hides a loss that is not finite
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,  # it hands on lists
+        dataloader_pin_memory=False,  # the data loader yields lists
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # where there are more, the Trainer would spread each batch over them
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with more, the Trainer would spread each batch over them
     return arguments
 
 
@@ -194,8 +194,8 @@ def _check_trained(model: PeftModel, settings: BranchConfig) -> None:
 
 
 def _advice(settings: BranchConfig, longest: int, stays: bool) -> str:
-    """What to do where memory runs out: settings that leave the branch as it is but for rounding, as the command takes
-    them, so that the run can go on with them; `longest` trace in tokens; stays: layers' inputs could go to host memory.
+    """What to do if memory runs out: overrides, as the command takes them, that change the branch by rounding at most,
+    so that the run can resume with them. longest: tokens of the longest trace; stays: layers' inputs can be offloaded.
     """
     s = settings
     less: list[str] = []
@@ -209,5 +209,5 @@ def _advice(settings: BranchConfig, longest: int, stays: bool) -> str:
     elif stays:
         less += ["branch.offload=on"]
     less += [f"branch.loss_chunk={max(256, s.loss_chunk // 2)}"] if s.loss_chunk > 256 else []
-    go_on = f"go on with {' '.join(less)}" if less else "free memory that others use, and go on"
-    return f"{go_on}, or begin another run with branch.max_length below {longest}, the longest trace"
+    resume = f"resume with {' '.join(less)}" if less else "free memory that other programs use, and resume"
+    return f"{resume}, or start a new run with branch.max_length below {longest}, the longest trace"

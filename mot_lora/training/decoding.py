@@ -1,4 +1,4 @@
-"""Answers token by token, many at once: where one ends, the next takes its place."""
+"""Decoding with continuous batching: when an answer ends, the next prompt takes its row."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +13,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from mot_lora.data.traces import batches
 from mot_lora.training.attention import REPEATED
 
-Told = Callable[[int], object]  # how many tokens were written since it was last called
+Report = Callable[[int], object]  # called with the number of tokens generated since the last call
 
-READ = 64  # keys are read in multiples of so many tokens, so that kernels see few shapes
+READ = 64  # keys are read in multiples of this many tokens, so that kernels see few shapes
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is written: until one of `stops`, or so many tokens; greedily where the temperature is 0."""
+    """How answers are generated: up to one of `stops` or `max_new_tokens` tokens; greedily if the temperature is 0."""
 
     max_new_tokens: int
     stops: frozenset[int]
@@ -28,16 +28,16 @@ class Decoding:
     top_p: float = 1.0
 
     def draws(self, seed: int) -> list[float]:
-        """An answer's own random numbers in [0, 1), one a token: it is the same whatever is answered beside it."""
+        """An answer's random numbers in [0, 1), one a token, so that an answer does not depend on its batch."""
         if not self.temperature:
             return []
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(self.max_new_tokens, generator=generator, dtype=torch.float64).tolist()
 
     def choose(self, logits: Tensor, draws: Sequence[float]) -> Tensor:
-        """The next token of each answer: the likeliest, or the first at which the cumulated p exceeds its draw.
+        """The next token of each answer: the likeliest, or the first whose cumulative p exceeds the answer's draw.
 
-        logits: [n, vocabulary]; draws: n. With top_p, of the likeliest tokens that have so much of p together.
+        logits: [n, vocabulary]; draws: n. With top_p only the likeliest tokens that together have p = top_p are drawn.
 
         >>> Decoding(1, frozenset()).choose(torch.eye(3), [])
         tensor([0, 1, 2])
@@ -48,14 +48,14 @@ class Decoding:
         if self.top_p < 1:
             p, tokens = p.sort(-1, descending=True)
             p = p.where(p.cumsum(-1) - p < self.top_p, 0.0)
-        cumulated = p.double().cumsum(-1)
-        drawn = torch.tensor(draws, dtype=torch.float64, device=p.device)[:, None] * cumulated[:, -1:]
-        place = torch.searchsorted(cumulated, drawn, right=True).clamp(max=p.shape[-1] - 1)
-        return (place if tokens is None else tokens.gather(-1, place))[:, 0]
+        cumulative = p.double().cumsum(-1)
+        drawn = torch.tensor(draws, dtype=torch.float64, device=p.device)[:, None] * cumulative[:, -1:]
+        index = torch.searchsorted(cumulative, drawn, right=True).clamp(max=p.shape[-1] - 1)
+        return (index if tokens is None else tokens.gather(-1, index))[:, 0]
 
 
 def decodes(model: Any) -> bool:
-    """Whether `decode` is for a model: each layer attends to all tokens before, told where by positions."""
+    """Whether `decode` supports a model: every layer attends to all earlier tokens and takes explicit positions."""
     layers = DynamicCache(config=model.config).layers
     plain = layers and all(type(layer) is DynamicLayer for layer in layers)
     positions = inspect.signature(type(model.base_model).forward).parameters.keys() >= {"position_ids"}
@@ -68,52 +68,52 @@ def decode(
     seeds: Sequence[int],
     how: Decoding,
     at_once: int,
-    told: Told,
+    report: Report,
     tokens: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Answer prompts, at most so many at once, and yield each one's place and new tokens as it ends.
+    """Answer prompts, at most `at_once` at a time, and yield each one's index and new tokens as it ends.
 
-    model: a causal language model of transformers that `decodes`; tokens: how many of prompts are read at once.
-    Keys and values take [at_once, longest prompt + max_new_tokens] tokens, made at the beginning and written in place.
+    model: a causal language model of transformers that `decodes`; tokens: how many prompt tokens are read at once.
+    Keys and values are allocated once for [at_once, longest prompt + max_new_tokens] tokens, and written in place.
     """
     texts = [list(p) for p in prompts]
     draws: dict[int, list[float]] = {}
     columns = max(map(len, prompts), default=0) + how.max_new_tokens
     layers: list[Layer] = []
-    work: list[int] = []  # by row
-    begun = 0
-    while begun < len(prompts) or work:
-        new = range(begun, min(begun + at_once - len(work), len(prompts)))
+    active: list[int] = []  # the prompt of each row
+    started = 0
+    while started < len(prompts) or active:
+        new = range(started, min(started + at_once - len(active), len(prompts)))
         for batch in batches([len(prompts[k]) for k in new], at_once, tokens):
             read = _read(model, [prompts[new[i]] for i in batch])
             layers = layers or [Layer(r, min(at_once, len(prompts)), columns) for r in read]
             for j, i in enumerate(batch):
-                for layer, found in zip(layers, read, strict=True):
-                    layer.put(len(work), found, j)
-                work.append(new[i])
+                for layer, prompt in zip(layers, read, strict=True):
+                    layer.put(len(active), prompt, j)
+                active.append(new[i])
                 draws[new[i]] = how.draws(seeds[new[i]])
             del read
-        begun = new.stop
-        logits = next_logits(model, layers, [texts[k] for k in work])
-        at = [len(texts[k]) - len(prompts[k]) for k in work]
-        chosen = how.choose(logits, [draws[k][n] for k, n in zip(work, at, strict=True)] if how.temperature else [])
-        for k, token in zip(work, chosen.tolist(), strict=True):
+        started = new.stop
+        logits = next_logits(model, layers, [texts[k] for k in active])
+        at = [len(texts[k]) - len(prompts[k]) for k in active]
+        chosen = how.choose(logits, [draws[k][n] for k, n in zip(active, at, strict=True)] if how.temperature else [])
+        for k, token in zip(active, chosen.tolist(), strict=True):
             texts[k].append(token)
-        told(len(work))
-        for row in reversed(range(len(work))):
-            k = work[row]
+        report(len(active))
+        for row in reversed(range(len(active))):
+            k = active[row]
             new_tokens = texts[k][len(prompts[k]) :]
             if new_tokens[-1] in how.stops or len(new_tokens) == how.max_new_tokens:
                 yield k, new_tokens
-                last = work.pop()
-                if row < len(work):  # the rows at work stay together
-                    work[row] = last
+                last = active.pop()
+                if row < len(active):  # active rows stay contiguous
+                    active[row] = last
                     for layer in layers:
-                        layer.move(len(work), row)
+                        layer.move(len(active), row)
 
 
 class Layer(DynamicLayer):
-    """A layer's keys and values of all answers at work, a row each: [rows, heads, tokens, width]."""
+    """A layer's keys and values, one row for each active answer: [rows, heads, tokens, width]."""
 
     keys: Any
     values: Any
@@ -121,7 +121,7 @@ class Layer(DynamicLayer):
     def __init__(self, like: Any, rows: int, tokens: int) -> None:
         super().__init__()
         self.keys, self.values = (
-            x.new_zeros(rows, x.shape[1], tokens, x.shape[3])  # not empty: 0 times what is not a number is none
+            x.new_zeros(rows, x.shape[1], tokens, x.shape[3])  # not `empty`: a masked NaN would still spread, 0 * NaN
             for x in (like.keys, like.values)
         )
         self.is_initialized = True
@@ -129,7 +129,7 @@ class Layer(DynamicLayer):
         self.seen = 0
 
     def put(self, row: int, other: Any, i: int) -> None:
-        """Begin a row with what a prompt's tokens are remembered by; what follows them is not looked at."""
+        """Start a row with the keys and values of a prompt, row `i` of `other`; positions after them are masked."""
         for mine, others in ((self.keys, other.keys), (self.values, other.values)):
             mine[row, :, : others.shape[2]] = others[i]
 
@@ -145,7 +145,7 @@ class Layer(DynamicLayer):
 
 
 def _read(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
-    """Keys and values of prompts but for their last tokens, with which the answers begin; padded on the right."""
+    """Keys and values of prompts without their last tokens, from which decoding starts; padded on the right."""
     width = max(1, *(len(p) - 1 for p in prompts))
     ids = torch.tensor([[*p[:-1], *[p[-1]] * width][:width] for p in prompts], device=model.device)
     cache = DynamicCache(config=model.config)
@@ -178,10 +178,10 @@ def generate(
     seeds: Sequence[int],
     how: Decoding,
     at_once: int,
-    told: Told,
+    report: Report,
     pad: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """As `decode`, by transformers' generate: for any model, but a batch lasts as long as its longest answer."""
+    """Like `decode`, by transformers' generate: for any model, but a batch takes as long as its longest answer."""
     config = GenerationConfig(
         max_new_tokens=how.max_new_tokens, do_sample=False, eos_token_id=sorted(how.stops), pad_token_id=pad
     )
@@ -199,12 +199,12 @@ def generate(
         )
         rows = output[:, width:].tolist()
         ends = [next((i for i, token in enumerate(row, 1) if token in how.stops), len(row)) for row in rows]
-        told(sum(ends))
+        report(sum(ends))
         yield from ((k, row[:end]) for k, row, end in zip(batch, rows, ends, strict=True))
 
 
 class _Draw(LogitsProcessor):
-    """Leaves of each answer's tokens the drawn one, so that greedy decoding takes it."""
+    """Masks every token but each answer's drawn one, so that greedy decoding takes it."""
 
     def __init__(self, how: Decoding, seeds: Sequence[int]) -> None:
         self.how = how

@@ -1,4 +1,4 @@
-"""What is around CUDA: the NVIDIA driver, also where torch cannot use it, and how torch is to hold a GPU's memory."""
+"""Around CUDA: the NVIDIA driver's version, why torch cannot use a GPU, and the setting of torch's GPU allocator."""
 
 import os
 import re
@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-OLDEST = {12: 525, 13: 580}  # the driver that CUDA of this version needs, as NVIDIA says
+OLDEST = {12: 525, 13: 580}  # the oldest driver for each major version of CUDA, from NVIDIA's release notes
 
 
 def driver_version(root: Path = Path("/")) -> str | None:
-    """The driver's version where there is a GPU, e.g. `580.65.06`. `root` is where the system's files begin: a
-    container without a GPU has the host's version file, but no device.
+    """The NVIDIA driver's version, e.g. `580.65.06`; None without a GPU. `root` is the root of the file system.
+
+    Both files are checked: a container without a GPU sees the host's version file, but no device.
     """
     file = root / "proc/driver/nvidia/version"
     if file.exists() and list(root.glob("dev/nvidia[0-9]*")):
@@ -29,8 +30,8 @@ def driver_version(root: Path = Path("/")) -> str | None:
 
 
 def why_unused(driver: str | None, cuda: str | None) -> str | None:
-    """Why torch, whose CUDA has this version, finds no GPU although there is this driver; None where there is none, or
-    torch has no CUDA, or GPUs are hidden.
+    """Why torch, built for this version of CUDA, finds no GPU although this driver is installed; None without a driver,
+    without CUDA in torch, or if GPUs are hidden.
 
     >>> why_unused("535.104.05", "13.0")
     "the NVIDIA driver 535.104.05 cannot run torch's CUDA 13.0: update it to 580 or newer"
@@ -40,7 +41,7 @@ def why_unused(driver: str | None, cuda: str | None) -> str | None:
     oldest = OLDEST.get(int(cuda.partition(".")[0]), 0)
     if int(driver.partition(".")[0]) < oldest:
         return f"the NVIDIA driver {driver} cannot run torch's CUDA {cuda}: update it to {oldest} or newer"
-    return f"torch finds no GPU, although there is the NVIDIA driver {driver} and torch has CUDA {cuda}: see nvidia-smi"
+    return f"torch (CUDA {cuda}) finds no GPU, although the NVIDIA driver {driver} is installed: check nvidia-smi"
 
 
 def _version(text: str) -> str | None:
@@ -49,8 +50,10 @@ def _version(text: str) -> str | None:
 
 
 def expandable_segments() -> None:
-    """Have torch's segments of a GPU's memory grow, unless something else is set: traces of many lengths leave holes in
-    segments of one size, and near its limit these decide. torch reads it when it first uses CUDA.
+    """Let torch's segments of GPU memory grow, unless the user has set something else.
+
+    Traces of many lengths fragment segments of fixed size, which matters near the limit of memory. torch reads the
+    setting when it first uses CUDA.
     """
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -1,4 +1,4 @@
-"""How good the student is: answers to questions, and the loss on held-out traces."""
+"""Evaluation of the student: accuracy on questions, and the loss on held-out traces."""
 
 import gc
 import time
@@ -26,14 +26,14 @@ from mot_lora.training.decoding import Decoding, decodes
 from mot_lora.training.loss import batch_loss, computing
 
 LOSS_CHUNK = 1024
-# tokens in a batch of several traces: a layer of an 8B student takes some 2 GiB for them, and a GPU is busy with fewer
+# tokens in a batch of several traces: enough to keep a GPU busy, and some 2 GiB for a layer of an 8B student
 LOSS_TOKENS = 16_384
 
 
 def loss_tokens(branch: BranchConfig, longest: int) -> int:
-    """How many tokens are measured at once: what a step of training takes, whose longest trace has so many tokens.
+    """The tokens of an evaluation batch: no more than a training step whose longest trace has `longest` tokens.
 
-    A held-out trace that is longer still is measured alone.
+    A longer held-out trace is measured alone.
 
     >>> loss_tokens(BranchConfig(batch_size=4), 1000)
     4000
@@ -43,7 +43,7 @@ def loss_tokens(branch: BranchConfig, longest: int) -> int:
 
 
 class AtOnce:
-    """How many things are done at once: what was asked for, halved whenever memory runs out.
+    """A batch size that is halved whenever memory runs out.
 
     >>> at_once = AtOnce(8)
     >>> with at_once.attempt(8):
@@ -52,14 +52,14 @@ class AtOnce:
     4
     """
 
-    def __init__(self, asked: int) -> None:
-        self.asked = self.most = asked
+    def __init__(self, first: int) -> None:
+        self.first = self.most = first
         self._failed = False
 
     @contextmanager
     def attempt(self, count: int) -> Iterator[None]:
-        """Do so many at once. Out of memory ends the block, to be tried again with half; for a single one it raises."""
-        if self._failed:  # only now nobody holds what the attempt before has left in its frames
+        """Try a batch of `count`. Out of memory ends the block, to be retried with half; a count of 1 raises."""
+        if self._failed:  # only now are the frames of the failed attempt gone, and its memory can be freed
             gc.collect()
             torch.cuda.empty_cache()
             self._failed = False
@@ -72,8 +72,8 @@ class AtOnce:
 
     @property
     def note(self) -> str:
-        """What is to be said of it; nothing where all goes as asked."""
-        return f"out of memory: {self.most} at once" if self.most < self.asked else ""
+        """A note for the progress display if the batch size was reduced; else empty."""
+        return f"out of memory: {self.most} at once" if self.most < self.first else ""
 
 
 def evaluate(
@@ -87,21 +87,21 @@ def evaluate(
     progress: Progress = silent,
     tokens: int = LOSS_TOKENS,
 ) -> tuple[EvaluationRecord, list[Answer]]:
-    """Answer the questions and measure the loss on each teacher's held-out traces, with the adapter as it is set.
+    """Answer the questions and measure the loss on each teacher's held-out traces, with the adapter on or off as set.
 
-    Accuracy is avg@n, judged by math-verify; the loss is in nats a trained token. At most so many `tokens` of several
-    traces or prompts are read at once. Where memory runs out, half as many answers or traces are tried at once, as the
-    record says. This is the seam `evaluate=` of `run`.
+    Accuracy is avg@n, judged by math-verify; the loss is in nats a trained token. A batch of several traces or prompts
+    has at most `tokens` tokens. If memory runs out, batches are halved, which the record notes. This is the seam
+    `evaluate=` of `run`.
 
-    Errors: UserError where memory does not take a single answer or trace.
+    Errors: UserError if memory does not suffice for a single answer or trace.
 
     >>> evaluate(model, tokenizer, [Question("1 + 1 = ?", "2")], {}, EvalConfig(), seed=0)  # doctest: +SKIP
     """
     start = time.monotonic()
     model.eval()
     traces, rows = AtOnce(settings.batch_size), AtOnce(settings.batch_size * settings.samples)
-    fewer = f"begin another run with eval.max_new_tokens below {settings.max_new_tokens} or a smaller branch.max_length"
-    with enough_memory("though one by one", f"free memory that others use, and go on, or {fewer}"):
+    fewer = f"start a new run with eval.max_new_tokens below {settings.max_new_tokens} or a smaller branch.max_length"
+    with enough_memory("even one by one", f"free memory that other programs use, and resume, or {fewer}"):
         losses = held_out_losses(model, tokenizer, held_out, traces, tokens, progress)
         texts = generate(model, tokenizer, questions, settings, rows, tokens, seed=seed, progress=progress)
     answers = [
@@ -120,7 +120,7 @@ def evaluate(
         accuracy=accuracy,
         interval=interval,
         losses=losses,
-        at_once={what: n.most for what, n in (("traces", traces), ("answers", rows)) if n.most < n.asked},
+        at_once={what: n.most for what, n in (("traces", traces), ("answers", rows)) if n.most < n.first},
         seconds=time.monotonic() - start,
     )
     return record, answers
@@ -136,7 +136,7 @@ def held_out_losses(
 ) -> dict[str, float]:
     """The mean loss over the trained tokens of each teacher's examples, in nats.
 
-    A batch holds `at_once` traces, and fewer where they have more than `tokens`, with padding.
+    A batch holds `at_once` traces, or fewer if they would have more than `tokens` tokens with padding.
     """
     base, pad = model.get_base_model(), cast("int", tokenizer.pad_token_id)
     losses: dict[str, float] = {}
@@ -170,9 +170,9 @@ def generate(
 ) -> list[list[str]]:
     """The student's answers, `settings.samples` texts to each question, in the order of the questions.
 
-    As many as `at_once`, or batch_size * samples, are at work, and where one ends, the next takes its place; a model
-    that `decodes` is not for is asked by transformers' generate. A sample depends on (seed, question, its number) and
-    the student, save ties in rounding: the global random state is neither used nor touched.
+    Up to `at_once` answers (default: batch_size * samples) are generated together, by `decode`, or by transformers'
+    generate for a model that `decode` does not support. Up to rounding, a sample depends only on the seed, the
+    question, the sample's number and the student: the global random state is neither used nor changed.
     """
     base, pad = cast("Any", model.get_base_model()), cast("int", tokenizer.pad_token_id)
     at_once = at_once or AtOnce(settings.batch_size * settings.samples)
@@ -180,31 +180,31 @@ def generate(
     how = Decoding(settings.max_new_tokens, frozenset(stops), settings.temperature, settings.top_p)
     write, note = partial(decode.decode, tokens=tokens), ""
     if not decodes(base):
-        write, note = partial(decode.generate, pad=pad), f"{type(base).__name__}: by transformers' generate"
+        write, note = partial(decode.generate, pad=pad), f"{type(base).__name__}: with transformers' generate"
     texts = [prompt_text(tokenizer, q.prompt) for q in questions]
     prompts = [token_ids(tokenizer, text) for text in texts]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
-    asked = [(k, sample) for k in order for sample in range(settings.samples)]
-    found: dict[tuple[int, int], str] = {}
+    wanted = [(k, sample) for k in order for sample in range(settings.samples)]
+    answers: dict[tuple[int, int], str] = {}
     written = 0
 
-    def told(new: int) -> None:
+    def report(new: int) -> None:
         nonlocal written
         written += new
-        progress("answer", len(found), len(asked), at_once.note or note, tokens=written)
+        progress("answer", len(answers), len(wanted), at_once.note or note, tokens=written)
 
-    if asked:
-        told(0)
-    while left := [a for a in asked if a not in found]:
+    if wanted:
+        report(0)
+    while left := [key for key in wanted if key not in answers]:
         seeds = [seed_for(seed, questions[k].question, sample) for k, sample in left]
         rows = min(at_once.most, len(left))
         with at_once.attempt(rows), torch.no_grad(), computing(base):
-            for i, ids in write(base, [prompts[k] for k, _ in left], seeds, how, rows, told):
-                found[left[i]] = answer_text(tokenizer, texts[left[i][0]], [t for t in ids if t not in stops])
-                told(0)
-    return [[found[k, sample] for sample in range(settings.samples)] for k in range(len(questions))]
+            for i, ids in write(base, [prompts[k] for k, _ in left], seeds, how, rows, report):
+                answers[left[i]] = answer_text(tokenizer, texts[left[i][0]], [t for t in ids if t not in stops])
+                report(0)
+    return [[answers[k, sample] for sample in range(settings.samples)] for k in range(len(questions))]
 
 
 def _listed(model: Any) -> list[int]:
-    said = getattr(model.generation_config, "eos_token_id", None)
-    return [s for s in (said if isinstance(said, list) else [said]) if s is not None]
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]

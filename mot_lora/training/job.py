@@ -1,4 +1,4 @@
-"""One branch at work: whose it is, and where it keeps what must not be lost."""
+"""The identity of a branch, and the paths of its saved states and logs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Job:
-    """A branch of a run: the run's folder, the round, the teacher, the folder of its states and that of its logs.
+    """A branch of a run: the run's folder, the round, the teacher, and the folders of its states and its logs.
 
-    `state` keeps what an interruption must not lose; the loop clears it when the branch is saved.
+    An interrupted branch resumes from `state`; the loop deletes it when the branch is saved.
     """
 
     run: Path

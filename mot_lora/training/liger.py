@@ -1,4 +1,4 @@
-"""Liger's fused kernels (https://github.com/linkedin/Liger-Kernel) in one model's layers, for a while."""
+"""Liger's fused kernels (https://github.com/linkedin/Liger-Kernel) in one model's layers, while it trains."""
 
 import sys
 from collections.abc import Generator
@@ -12,32 +12,32 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from mot_lora.errors import UserError
 
-# the loss has its own chunks, and never calls the model's forward, in which Liger's would be
+# without Liger's losses: the chunked loss never calls the model's forward, which they would replace
 KERNELS = {"rope": True, "swiglu": True, "rms_norm": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def uses_liger(asked: str, is_gpu: bool) -> bool:
-    """Whether training takes Liger's kernels: `branch.liger` on, off, or auto, which is on a GPU where they are there.
+def uses_liger(setting: str, is_gpu: bool) -> bool:
+    """Whether training uses Liger's kernels: `branch.liger` on, off, or auto: on with a GPU and the package installed.
 
-    Errors: UserError where they are asked for, and are not installed or there is no GPU.
+    Errors: UserError for `on` without a GPU or without the package.
 
     >>> uses_liger("auto", is_gpu=False)
     False
     """
-    there = is_liger_kernel_available() and find_spec("triton") is not None
-    if asked == "on" and not is_gpu:
+    installed = is_liger_kernel_available() and find_spec("triton") is not None
+    if setting == "on" and not is_gpu:
         raise UserError("branch.liger: its kernels need a CUDA GPU, and the device is `cpu`; set it to auto or off")
-    if asked == "on" and not there:
+    if setting == "on" and not installed:
         raise UserError("branch.liger needs the package liger-kernel: pip install liger-kernel, or set it to auto")
-    return asked == "on" or (asked == "auto" and is_gpu and there)
+    return setting == "on" or (setting == "auto" and is_gpu and installed)
 
 
 @contextmanager
 def fused(model: PeftModel) -> Generator[None]:
-    """Within it a model's norms, rotary embeddings and gated MLPs are Liger's, where Liger knows the model.
+    """Within the block a model's norms, rotary embeddings and gated MLPs are Liger's, if Liger supports the model.
 
-    Liger replaces names in transformers' modules even where it is given one model, and every other model of that kind
-    would call them too, a planned one among them: all is as it was before when the block ends.
+    Even for a single model Liger replaces functions in transformers' modules, which would affect every other model of
+    that kind, such as the planner's; the end of the block restores them.
     """
     apply = import_module("liger_kernel.transformers.monkey_patch")._apply_liger_kernel_to_instance
     base: Any = model.get_base_model()
@@ -50,12 +50,12 @@ def fused(model: PeftModel) -> Generator[None]:
         try:
             apply(model=base, **KERNELS)
         finally:
-            for place, said in zip(places, before, strict=True):
-                changed += [(place, n, said.get(n, place)) for n, v in place.items() if said.get(n, place) is not v]
+            for place, old in zip(places, before, strict=True):
+                changed += [(place, n, old.get(n, place)) for n, v in place.items() if old.get(n, place) is not v]
         yield
     finally:
         for place, name, value in changed:
-            if value is place:  # it was not there
+            if value is place:  # the name did not exist before
                 del place[name]
             else:
                 place[name] = value

@@ -1,4 +1,4 @@
-"""A LoRA layer's forward and backward pass in training, as few products on large tensors as there can be."""
+"""A LoRA layer's forward and backward pass in training, with as few passes over large tensors as possible."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from mot_lora.checkpoints.weights import dense
 
 
 class LoraProduct(torch.autograd.Function):
-    """y = x W^T + bias + scaling (x A^T) B^T, with W dequantized where it is needed and kept nowhere.
+    """y = x W^T + bias + scaling (x A^T) B^T, with W dequantized on the fly and never kept.
 
-    x: [..., in]; W: the layer's weight, [out, in], in NF4, int8 or 16 or 32 bits, which gets no gradient; A: [r, in],
-    B: [out, r]. All is computed in x's format, or autocast's where it is on; gradients of A and B are in their own. The
-    update is added to the product in place, forward and backward, so that nothing of y's or x's size is read or written
-    but by products. What is kept for the backward pass: x, and x A^T.
+    x: [..., in]; W: the layer's weight, [out, in], in NF4, int8 or 16 or 32 bits, without gradient; A: [r, in],
+    B: [out, r]. All is computed in x's dtype, or autocast's if it is on; gradients of A and B are in their own dtype.
+    The update is added to the product in place, forward and backward, so that only matrix products read or write
+    tensors of y's or x's size. Saved for the backward pass: x, and x A^T.
 
     >>> LoraProduct.apply(x, a, b, layer, scaling)  # doctest: +SKIP
     """
@@ -51,10 +51,10 @@ class LoraProduct(torch.autograd.Function):
 
 @contextmanager
 def one_product(model: PeftModel) -> Generator[None]:
-    """Within it every plain LoRA layer of a model computes as a LoraProduct: one adapter, no dropout, a linear layer.
+    """Within the block every plain LoRA layer (one adapter, no dropout, a linear layer) computes as a LoraProduct.
 
-    PEFT's own forward reads and writes a layer's output three times more, and bitsandbytes' int8 product keeps its
-    input where neither checkpoints nor offloading find it.
+    PEFT's own forward reads and writes a layer's output three more times, and bitsandbytes' int8 product keeps its
+    input out of reach of checkpointing and offloading.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
     for layer in layers:

@@ -17,8 +17,8 @@ Head = Callable[[Tensor], Tensor]
 def trained_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden states that predict a trained token, and those tokens.
 
-    hidden: [batch, length, width]; labels: [batch, length] int64, IGNORE where nothing is trained. Returns [n, width]
-    and [n].
+    hidden: [batch, length, width]; labels: [batch, length] int64, IGNORE at tokens that are not trained. Returns
+    [n, width] and [n].
 
     >>> trained_tokens(torch.zeros(1, 3, 8), torch.tensor([[IGNORE, IGNORE, 5]]))[1]
     tensor([5])
@@ -32,8 +32,8 @@ def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: in
     """The summed loss of n tokens, - sum_i log softmax(head(h_i))[t_i], in nats; fp32 scalar.
 
     hidden: [n, width]; head maps [m, width] to logits [m, vocabulary]; targets: [n] int64. The softmax is in fp32.
-    Logits are computed once, and held for `chunk` tokens: with them their gradient is taken, [n, width], and kept. A
-    frozen linear head has it in the logits' own memory.
+    Logits are computed once, for `chunk` tokens at a time, and their gradient by `hidden`, [n, width], in the same
+    pass; for a frozen linear head it is computed in the logits' own memory.
 
     >>> chunked_cross_entropy(torch.zeros(4, 8), torch.nn.Linear(8, 2), torch.zeros(4, dtype=torch.int64), 2).shape
     torch.Size([])
@@ -47,8 +47,8 @@ def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: in
 def logits(head: Head, hidden: Tensor) -> Tensor:
     """The head's logits of [n, width], in fp32: [n, vocabulary].
 
-    On a GPU the sums of 16-bit products are handed over as they are, and not rounded to 16 bits before: log p would be
-    off by some 0.03 nats.
+    On a GPU the fp32 sums of 16-bit products are used as they are: rounded to 16 bits first, log p would be off by some
+    0.03 nats.
     """
     if _is_linear(head) and hidden.device.type in ("cuda", "meta") and head.weight.dtype.itemsize == 2:
         out = torch.mm(hidden.to(head.weight.dtype), head.weight.t(), out_dtype=torch.float32)
@@ -58,7 +58,7 @@ def logits(head: Head, hidden: Tensor) -> Tensor:
 
 
 def _is_linear(head: Head) -> TypeGuard[nn.Linear]:
-    return type(head) is nn.Linear  # and no layer that computes in a way of its own
+    return type(head) is nn.Linear  # not a subclass, which may compute differently
 
 
 def _log_probs(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> Tensor:
@@ -68,7 +68,7 @@ def _log_probs(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> Tenso
 
 
 def _exponentiate(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Make logits [m, vocabulary] exp(z - max z), in place; log p at the tokens `at`, [m], and the sums, [m, 1]."""
+    """Replace logits z, [m, vocabulary], by exp(z - max z); return log p of the tokens `at`, [m], and sums, [m, 1]."""
     z -= z.amax(1, keepdim=True)
     right = z.gather(1, at)
     total = z.exp_().sum(1, keepdim=True)
@@ -76,7 +76,7 @@ def _exponentiate(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Summed(torch.autograd.Function):
-    """The loss, and with it the gradients by hidden and by what the head trains."""
+    """The loss, with the gradients by hidden and by the head's trained parameters computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, head: Head, targets: Tensor, chunk: int, hidden: Tensor, *own: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ class _Summed(torch.autograd.Function):
                 by_own = []
             else:
                 h = hidden[here].detach().requires_grad_()
-                with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # used at once: nobody need move it
+                with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # used at once, so not offloaded
                     loss = F.cross_entropy(logits(head, h), targets[here], reduction="sum")
-                # 0 for what is not used
+                # materialize_grads: parameters that the loss does not use get 0
                 by_hidden, *by_own = torch.autograd.grad(loss, [h, *own], materialize_grads=True)
             ctx.grads[0][here] = by_hidden
             for total_grad, grad in zip(ctx.grads[1:], by_own, strict=True):
@@ -101,12 +101,12 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        grads, ctx.grads = ctx.grads, ()  # or they would be held until the whole backward pass is done
+        grads, ctx.grads = ctx.grads, ()  # otherwise they would stay until the end of the backward pass
         return None, None, None, *(grad.mul_(upstream[0]) for grad in grads)
 
 
 def _with_gradient(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """A chunk's loss under a frozen head, and its gradient by hidden: (softmax - onehot) W, made in place."""
+    """A chunk's loss under a frozen head, and its gradient by hidden, (softmax - onehot) W, computed in place."""
     z, at = logits(head, hidden), targets[:, None]
     log_probs, total = _exponentiate(z, at)
     z /= total
@@ -119,11 +119,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Tensor, int]:
-    """The summed loss of a batch over its trained tokens, fp32, and how many they are.
+    """The summed loss of a batch over its trained tokens, fp32, and the number of those tokens.
 
     model: a causal language model of transformers, with or without adapters inside; batch: input_ids and labels, each
-    [batch, length], padded on the right. The head is applied to the trained positions alone. Where the base is in 16
-    bits, so is the forward.
+    [batch, length], padded on the right. The head is applied only to trained positions. With a 16-bit base the forward
+    pass is in 16 bits.
 
     >>> loss, n = batch_loss(model, collate(examples, pad_id), chunk=1024)  # doctest: +SKIP
     """
@@ -135,7 +135,7 @@ def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int) -> tuple[Ten
 def token_log_probs(model: Any, batch: Mapping[str, Tensor], chunk: int) -> Tensor:
     """The log p of each of a batch's n trained tokens, in their order: [n] fp32, in nats, without gradients.
 
-    model, batch, chunk: as for `batch_loss`, which is minus their sum.
+    model, batch, chunk: as in `batch_loss`, which returns minus their sum.
 
     >>> token_log_probs(model, collate(examples, pad_id), chunk=1024).exp().mean()  # doctest: +SKIP
     """
@@ -146,20 +146,20 @@ def token_log_probs(model: Any, batch: Mapping[str, Tensor], chunk: int) -> Tens
 
 @contextmanager
 def computing(model: Any) -> Generator[None]:
-    """Around all that is computed with a student and its adapter: where the base is in 16 bits, so is the adapter.
+    """The context for computing with a student and its adapter: with a 16-bit base the adapter computes in 16 bits too.
 
-    Entered once around many batches, since PEFT's layers are told one by one.
+    Enter it once around many batches: it sets a flag in each of PEFT's layers.
     """
     with _autocast(model), inputs_as_they_are(model):
         yield
 
 
 def inputs_as_they_are(model: Any) -> AbstractContextManager[None]:
-    """Where the base is in 16 bits, keep PEFT from making an fp32 copy of what each adapted layer is given.
+    """With a 16-bit base, keep PEFT from making an fp32 copy of each adapted layer's input.
 
-    The adapter is in fp32, but autocast computes it in 16 bits anyway. Needed around what computes layers again, too.
+    The adapter is in fp32, but autocast computes it in 16 bits anyway. Recomputation by checkpointing needs it too.
     """
-    from peft.helpers import disable_input_dtype_casting  # here: who only wants IGNORE should not wait for PEFT
+    from peft.helpers import disable_input_dtype_casting  # here, because importing PEFT takes seconds
 
     return disable_input_dtype_casting(model, model.dtype.itemsize == 2)
 
@@ -171,6 +171,6 @@ def _autocast(model: Any) -> AbstractContextManager[object]:
 
 
 def _states(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    # no mask: it would keep attention from its fast kernels, and what is on the right is not seen anyway
+    # no mask: it would rule out fast attention kernels, and causal attention never sees the padding on the right
     output = model.base_model(input_ids=batch["input_ids"], use_cache=False)
     return trained_tokens(output.last_hidden_state, batch["labels"])

@@ -1,4 +1,4 @@
-"""A model's memory, given back at a certain point: when Python collects its reference cycles is anyone's guess."""
+"""Freeing a model's memory at a defined point, without waiting for Python to collect reference cycles."""
 
 import gc
 import traceback
@@ -16,9 +16,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @contextmanager
 def loaded(load: Callable[[], M]) -> Generator[M]:
-    """A model for as long as the block lasts. Then its memory is free, however the block ended, whoever still refers to
-    the model: the Trainer's cycles, or a notebook, which keeps the last exception and with it the variables of every
-    function that it came through. These are cleared.
+    """A model for the duration of the block. Its memory is freed however the block ends, even if references remain: the
+    Trainer's cycles, or a notebook's last exception, which holds the variables of every function in its traceback.
+    Those are cleared.
 
     >>> with loaded(lambda: load_model(checkpoint, "nf4", device)) as model:  # doctest: +SKIP
     ...     generate(model)
@@ -35,12 +35,14 @@ def loaded(load: Callable[[], M]) -> Generator[M]:
             release(model)
         gc.collect()
         if torch.cuda.is_initialized():
-            with suppress(RuntimeError):  # after some errors CUDA does nothing more; the one that is raised is told
+            with suppress(
+                RuntimeError
+            ):  # after some errors CUDA fails on every call; the first error is the one raised
                 torch.cuda.empty_cache()
 
 
 def release(model: nn.Module) -> None:
-    """Give back the memory of a model's weights, gradients and buffers; nothing can be computed with it any more."""
+    """Free the memory of a model's weights, gradients and buffers; the model cannot be used any more."""
     for module in model.modules():
         release_weight(module)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -49,8 +51,8 @@ def release(model: nn.Module) -> None:
 
 
 def clear_frames(error: BaseException) -> None:
-    """Let go of the variables of the functions that an exception, and those before it, came through."""
-    found = [error]
-    for e in found:
+    """Clear the local variables in the tracebacks of an exception, its causes and its contexts."""
+    errors = [error]
+    for e in errors:
         traceback.clear_frames(e.__traceback__)
-        found += [x for x in (e.__cause__, e.__context__) if x is not None and x not in found]
+        errors += [x for x in (e.__cause__, e.__context__) if x is not None and x not in errors]

@@ -1,4 +1,4 @@
-"""The states of a branch at work, from which an interrupted one goes on: Trainer checkpoints under a seal."""
+"""The saved states from which an interrupted branch resumes: Trainer checkpoints, sealed once complete."""
 
 import random
 import shutil
@@ -11,14 +11,14 @@ import torch
 from mot_lora.durable import check_files, read_record, sha256, sync, write_record
 from mot_lora.records import SealRecord
 
-SEAL = "sealed.json"  # what makes a checkpoint whole
-SCHEDULE = 2  # of the learning rate, as `rate_share` has it; the first one began with a step at rate 0
+SEAL = "sealed.json"  # a checkpoint is complete if it has this record
+SCHEDULE = 2  # version of the learning rate's schedule, `rate_share`; version 1 started with a step at rate 0
 
 
 def seal(checkpoint: Path, learning_rate: float, tokens: int, seconds: float) -> None:
-    """Declare a checkpoint whole, by a record of its files that is written last; older ones then go."""
+    """Mark a checkpoint as complete, by a record of its files' checksums that is written last; delete older ones."""
     files = {str(f.relative_to(checkpoint)): f for f in sorted(checkpoint.rglob("*")) if f.is_file() and f.name != SEAL}
-    for file in (*files.values(), checkpoint):  # a seal must not outlive in a power cut what it vouches for
+    for file in (*files.values(), checkpoint):  # in a power cut the seal must not survive without them
         sync(file)
     checksums = {name: sha256(f) for name, f in files.items()}
     record = SealRecord(files=checksums, learning_rate=learning_rate, schedule=SCHEDULE, tokens=tokens, seconds=seconds)
@@ -27,21 +27,21 @@ def seal(checkpoint: Path, learning_rate: float, tokens: int, seconds: float) ->
 
 
 def discard(checkpoints: Iterable[Path]) -> None:
-    """Delete checkpoints, the seals first: what a kill leaves of one is then not taken for damaged."""
+    """Delete checkpoints, the seals first, so that a half-deleted one does not count as damaged after a kill."""
     for checkpoint in list(checkpoints):
         (checkpoint / SEAL).unlink(missing_ok=True)
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def newest(folder: Path) -> tuple[Path, SealRecord] | None:
-    """The last whole checkpoint in a folder; what a kill left half-written has no seal and does not count.
+    """The last complete checkpoint in a folder; one that a kill left half-written has no seal and is ignored.
 
-    Errors: DamagedError when it is not as it was sealed.
+    Errors: DamagedError if its files do not match the checksums in its seal.
     """
-    found = [p for p in folder.glob("checkpoint-*") if is_sealed(p)]
-    if not found:
+    complete = [p for p in folder.glob("checkpoint-*") if is_sealed(p)]
+    if not complete:
         return None
-    last = max(found, key=step_of)
+    last = max(complete, key=step_of)
     record = read_record(last / SEAL, SealRecord)
     assert record is not None
     check_files(last, record.files)
@@ -49,17 +49,17 @@ def newest(folder: Path) -> tuple[Path, SealRecord] | None:
 
 
 def is_sealed(checkpoint: Path) -> bool:
-    """Whether a checkpoint is whole."""
+    """Whether a checkpoint is complete."""
     return (checkpoint / SEAL).exists()
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was taken."""
+    """The step after which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def remember_randomness() -> Callable[[], None]:
-    """The state of every global random generator; call the result to go back to it."""
+    """Save the state of every global random generator; calling the result restores it."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 

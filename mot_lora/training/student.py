@@ -1,4 +1,4 @@
-"""The student in memory, quantized; and folding W_0 + the ledger into it."""
+"""The student in memory, quantized, and the fold of W_0 + the ledger into it."""
 
 import logging
 import platform
@@ -31,34 +31,34 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast f
 
 
 def device_of(config: Config) -> torch.device:
-    """The device that a config asks for, a GPU with its index.
+    """The device that a config requests, a GPU with its index.
 
-    Errors: UserError for a GPU where there is none, and with `auto` for one that torch cannot use.
+    Errors: UserError for `cuda` without a GPU, and for `auto` with a GPU that torch cannot use.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a driver that is too old, which is told below
-        found = config.device != "cpu" and torch.cuda.is_available()
-    if found:
+        warnings.simplefilter("ignore", UserWarning)  # about a driver that is too old, which is reported below
+        has_gpu = config.device != "cpu" and torch.cuda.is_available()
+    if has_gpu:
         if not torch.cuda.is_initialized():
             expandable_segments()
         return torch.device("cuda", torch.cuda.current_device())
     why = None if config.device == "cpu" else why_unused(driver_version(), torch.version.cuda)
     if config.device == "cuda":
         why = why or "torch finds no CUDA GPU"
-        raise UserError(f"device `cuda` was asked for, but {why}; device=cpu does without")
+        raise UserError(f"device `cuda`: {why}; to run on the CPU, set device=cpu")
     if why:
-        raise UserError(f"device `auto`: {why}; device=cpu does without")
+        raise UserError(f"device `auto`: {why}; to run on the CPU, set device=cpu")
     return torch.device("cpu")
 
 
 def describe(device: torch.device) -> DeviceRecord:
-    """A device, and what a student computes in there."""
+    """A device and the dtype in which a student computes there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     return DeviceRecord(kind=device.type, name=name, dtype=str(dtype_of(device)).removeprefix("torch."))
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
-    """What a student computes in: bf16, on GPUs before Ampere fp16, and fp32 on a CPU."""
+    """The dtype in which a student computes: bf16, on GPUs before Ampere fp16, on a CPU fp32."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -67,14 +67,14 @@ def dtype_of(device: torch.device) -> torch.dtype:
 def load_model(
     checkpoint: Checkpoint, quantization: str, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The student in memory: linear layers in NF4 with double quantization, int8, or as they are; the rest in what the
-    device computes in (`dtype_of`).
+    """Load the student: linear layers in NF4 with double quantization, in int8 or unquantized; the rest in the device's
+    dtype (`dtype_of`).
 
-    Errors: UserError when it does not fit.
+    Errors: UserError if it does not fit.
     """
     dtype = dtype_of(device)
     smaller = "a smaller student" if quantization == "nf4" else "quantization: nf4, or a smaller student"
-    free = f"end what else uses {device}, or begin a run with {smaller}"
+    free = f"stop other programs that use {device}, or start a run with {smaller}"
     with enough_memory(f"loading {checkpoint.name} in {quantization}", free):
         model = from_pretrained(
             checkpoint,
@@ -85,23 +85,23 @@ def load_model(
         )
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # its AVX512-BF16 path repacks the weight in place, after which it can be neither read nor trained through
+            # the AVX512-BF16 path repacks the weight in place; then it can be neither read nor trained through
             cast("Any", module).support_avx512bf16_for_cpu = False
     if device.type == "cuda" and needs_repeating(torch.cuda.get_device_capability(device)):
         repeat_shared_heads(model)
     model.config.use_cache = True
-    # the checkpoint's settings for chatting (temperature, repetition penalty) would be mixed into ours; keep its ends
-    said = cast("Any", model.generation_config)
-    model.generation_config = GenerationConfig(eos_token_id=said.eos_token_id if said else None)
+    # keep only the end tokens: the checkpoint's temperature, repetition penalty, ... would be mixed into our settings
+    original = cast("Any", model.generation_config)
+    model.generation_config = GenerationConfig(eos_token_id=original.eos_token_id if original else None)
     return model
 
 
 def from_pretrained(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False, **settings: Any
 ) -> PreTrainedModel:
-    """A checkpoint as transformers loads it, without its bar; what it reports is shown where memory did not run out.
+    """Load a checkpoint with transformers, without its progress bar; its log is shown unless memory runs out.
 
-    Errors: torch.OutOfMemoryError, which transformers hides under a report of a traceback for every tensor.
+    Errors: torch.OutOfMemoryError, which transformers hides in a log with a traceback for every tensor.
     """
     logger, reports = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
@@ -122,14 +122,14 @@ def from_pretrained(
                 use_safetensors=True,
                 **settings,
             )
-        model.config._name_or_path = model.name_or_path = str(checkpoint.path)  # which an adapter of it will name
+        model.config._name_or_path = model.name_or_path = str(checkpoint.path)  # an adapter records it as its base
         return model
     except RuntimeError as e:
-        said = [line for r in reports for line in r.getMessage().splitlines() if NO_MEMORY.search(line)]
-        if not (said or _times_out_of_memory(device) > before or is_out_of_memory(e)):
+        lines = [line for r in reports for line in r.getMessage().splitlines() if NO_MEMORY.search(line)]
+        if not (lines or _times_out_of_memory(device) > before or is_out_of_memory(e)):
             raise
         reports.clear()
-        raise torch.OutOfMemoryError(next(iter(said), str(e)).strip()) from e
+        raise torch.OutOfMemoryError(next(iter(lines), str(e)).strip()) from e
     finally:
         logger.removeFilter(keep)
         for record in reports:
@@ -142,12 +142,12 @@ def _times_out_of_memory(device: torch.device) -> int:
 
 # --- folding -------------------------------------------------------------------------------------
 
-AHEAD = 2  # modules of W_0 that are read before their turn
+AHEAD = 2  # modules of W_0 that are prefetched
 
 
 @dataclass(frozen=True)
 class FoldedModule:
-    """One module of a fold, fp32, [out, in]: W_0, the new update D, and what changed in the weights in use."""
+    """One module of a fold, fp32, [out, in]: W_0, the new update D, and the change of the quantized weights."""
 
     module: str
     base: Tensor
@@ -160,13 +160,13 @@ def fold(
 ) -> Iterator[FoldedModule]:
     """Set the model's weights to round(W_0 + sum of the ledger), module by module.
 
-    The sum is taken in fp32 from the checkpoint, never from the rounded weights in use. Yields each module with what
-    is new of the ledger, for measuring: its last update, or of each the share that `new` says. Nothing is folded unless
-    the iterator is consumed. Modules come as they lie on disk, and the next ones are read while one is at work: what is
-    in memory is bounded by a few modules, whatever the size of the model and of the ledger.
+    The sum is taken in fp32 from the checkpoint, never from the rounded weights in memory. Yields each module with the
+    new part of the ledger, for measuring: its last update, or the share of each update given in `new`. Nothing is
+    folded unless the iterator is consumed. Modules are folded in the order of the checkpoint, and the next ones are
+    prefetched: memory is bounded by a few modules, whatever the size of the model and the ledger.
 
-    Errors: UserError for an update of what is no linear layer of the model, before anything is folded, for a shard
-    that cannot be read, and where memory runs out.
+    Errors: UserError, before anything is folded, for an update of a module that is not a linear layer of the model; for
+    a shard that cannot be read; and if memory runs out.
 
     >>> survived = [f.change.norm() / f.update.norm() for f in fold(model, checkpoint, ledger)]  # doctest: +SKIP
     """
@@ -180,18 +180,19 @@ def fold(
     held = {m: names for unit, names in placement.places.items() for m in placement.units[unit]}
     for module in placement.shapes:
         if not held[module] or module not in layers:
-            raise UserError(f"{checkpoint.name}: {module} is no linear layer of the model in memory")
+            raise UserError(f"{checkpoint.name}: {module} is not a linear layer of the model in memory")
 
     def read(module: str) -> Tensor:
         name = held[module][0]
-        if placement.stored(name).shape != placement.shapes[module]:  # it is stored with others
+        if placement.stored(name).shape != placement.shapes[module]:  # stored in one tensor with other modules
             return placement.layout.weight(module)
         return checkpoint.tensor(name, pinned=cast("Tensor", layers[module].weight).is_cuda)
 
     modules = sorted(held, key=lambda module: checkpoint.where(held[module][0]))
     with closing(prefetch(read, modules, AHEAD)) as stored:
         for module in modules:
-            with enough_memory(f"folding {module}", f"end what else uses {model.device}; the same command goes on"):
+            free = f"stop other programs that use {model.device}; the same command resumes"
+            with enough_memory(f"folding {module}", free):
                 yield _fold_module(module, layers[module], next(stored), ledger, new)
 
 
@@ -208,8 +209,8 @@ def _fold_module(
             total += delta
             if share:
                 update += delta if share == 1 else delta * share
-            del delta  # before the next one is made
-    change = -read_weight(layer)  # a copy: what is not quantized is read as it is, and written in place
+            del delta  # frees it before the next one is made
+    change = -read_weight(layer)  # the minus copies it: an unquantized weight is read as is, and written in place
     write_weight(layer, total)
     del total
     change += read_weight(layer)

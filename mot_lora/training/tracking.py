@@ -1,4 +1,4 @@
-"""The log of a branch's training in tensorboard, wandb or trackio: one line a teacher, on across rounds."""
+"""Training logs in tensorboard, wandb or trackio: one curve a teacher, continued over the rounds."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +10,11 @@ from mot_lora.errors import UserError
 from mot_lora.training.job import Job
 
 Log = Callable[[Mapping[str, float], int], None]
-"""Takes the values of a step, and the step, counted over all rounds."""
+"""Logs the values of a step; the step is counted over all rounds."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Errors: UserError for a tracker whose package is not installed, or not whole."""
+    """Errors: UserError for a tracker whose package is not installed or cannot be imported."""
     for name in names:
         try:
             import_module(name)
@@ -24,9 +24,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_tracker(name: str, job: Job, step: int) -> tuple[Log, Callable[[], None]]:
-    """How to log a branch that goes on after `step`, and how to end; a step that was logged before is replaced.
+    """Functions to log a branch that resumes after `step` and to close the log; a step logged before is replaced.
 
-    tensorboard's files lie in the run folder under logs/TEACHER; wandb and trackio get a run for each teacher.
+    tensorboard's files are in the run folder under logs/TEACHER; in wandb and trackio each teacher is one run.
     """
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

@@ -30,10 +30,10 @@ from mot_lora.training.tracking import open_tracker
 
 
 def rate_share(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """The share of the learning rate that a step has, counted from 0: k / warmup in the k-th step of warm-up, then 1,
-    or down from there to what would be 0 after the last step.
+    """The factor of the learning rate in a step, counted from 0: k / warmup in the k-th step of warm-up, then 1 or
+    falling, so that it would be 0 after the last step.
 
-    transformers' schedules begin with a step at rate 0 where there is warm-up, which trains nothing.
+    With warm-up, transformers' schedules start with a step at rate 0, which trains nothing.
 
     >>> [round(rate_share(i, 5, 2, "linear"), 2) for i in range(5)]
     [0.5, 1.0, 0.75, 0.5, 0.25]
@@ -46,11 +46,10 @@ def rate_share(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 class BranchTrainer(Trainer):
-    """transformers' Trainer with the chunked loss and offloading; it counts the tokens that it trained on.
+    """transformers' Trainer with the chunked loss and offloading; counts the trained tokens.
 
-    A batch of the Trainer's is a whole step, a list of examples, which is cut here into batches by length: so which
-    traces a step sees does not depend on how they are cut, and long ones stand with long ones. A model in fp16 has its
-    gradients scaled.
+    The Trainer's batch is a whole step, a list of examples, which is split here into batches by length: the traces of a
+    step do not depend on the split, and traces of similar length are computed together. In fp16 gradients are scaled.
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class BranchTrainer(Trainer):
         self.pad_id = pad_id
         self.offload = offload
         self.trained_tokens = 0
-        if model.dtype == torch.float16:  # by `fp16` the Trainer would wrap the model's forward, anew for each branch
+        if model.dtype == torch.float16:  # with `fp16` the Trainer would wrap the model's forward again in each branch
             self.accelerator.scaler = torch.amp.GradScaler(model.device.type)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        """The schedule of the learning rate (`rate_share`)."""
+        """The learning rate's schedule (`rate_share`)."""
         steps, schedule = num_training_steps, self.settings.schedule
         warmup = self.args.get_warmup_steps(steps)
         self.lr_scheduler = LambdaLR(
@@ -75,26 +74,26 @@ class BranchTrainer(Trainer):
 
     @property
     def losses(self) -> list[float]:
-        """Each step's loss, from the first one on."""
+        """The loss of every step so far."""
         return [row["loss"] for row in self.state.log_history if "loss" in row]
 
-    def go_on(self, checkpoint: Path | None) -> None:
-        """Train from the start, or from a checkpoint; one of the last step needs no training."""
+    def resume(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint, or from the start; a checkpoint of the last step is only loaded."""
         if checkpoint:
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if state.global_step == state.max_steps:  # the Trainer would take one more
+            if state.global_step == state.max_steps:  # the Trainer would train one more step
                 self.state = state
                 self._load_from_checkpoint(str(checkpoint))
                 return
-        said = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of another save_steps than the checkpoint's, which may change
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # no warning that save_steps differs from the checkpoint's: it may
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
-            logging.set_verbosity(said)
+            logging.set_verbosity(verbosity)
 
     def keep(self) -> None:
-        """Save the state after the last whole step, unless that was done."""
+        """Save the state after the last complete step, unless it is saved."""
         checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if not is_sealed(checkpoint):
             self._save_checkpoint(self.model, None)
@@ -103,11 +102,11 @@ class BranchTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir))
         with writing(folder):
-            discard([folder / f"checkpoint-{self.state.global_step}"])  # what a stop left of it, half-written
+            discard([folder / f"checkpoint-{self.state.global_step}"])  # one that an interruption left half-written
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # embeddings are never trained, and looking for them would ask the Hub
+        # embeddings are never trained, and PEFT would query the Hub for them
         cast("PeftModel", self.model).save_pretrained(str(output_dir), save_embedding_layers=False)
 
     def training_step(
@@ -116,15 +115,15 @@ class BranchTrainer(Trainer):
         inputs: Any,
         num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Tensor:
-        """Forward and backward pass of a whole step, batch by batch: the mean over all its trained tokens."""
+        """Forward and backward pass of a whole step, in batches; the loss is the mean over all its trained tokens."""
         model.train()
         base: Any = cast("PeftModel", self.model).get_base_model()
         examples = cast("list[Example]", inputs)
         cut = list(batches([len(e) for e in examples], self.settings.most, self.settings.batch_tokens))
         count = sum(label != IGNORE for e in examples for label in e.labels[1:])
         total = torch.zeros((), device=base.device)
-        for places in reversed(cut):  # what takes most memory first
-            rows = collate([examples[i] for i in places], self.pad_id)
+        for indices in reversed(cut):  # longest first: if memory runs out, it does so at once
+            rows = collate([examples[i] for i in indices], self.pad_id)
             batch = {k: t.to(base.device) for k, t in rows.items()}
             with self.offload.step() if self.offload else nullcontext():
                 summed, _ = batch_loss(base, batch, self.settings.loss_chunk)
@@ -142,9 +141,9 @@ class BranchTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Watches the steps: says how far they are, stops what goes astray, and knows the state after the last whole one.
+    """Reports progress, stops a branch that diverges, and remembers the state after the last complete step.
 
-    While the optimizer takes its step, signals wait.
+    Signals are deferred while the optimizer takes its step.
     """
 
     def __init__(self, trainer: BranchTrainer, shield: Shield, progress: Progress, start: float, bound: float) -> None:
@@ -153,7 +152,7 @@ class Watch(TrainerCallback):
         self.progress = progress
         self.start = start
         self.bound = bound  # nats of a uniform guess
-        self.seconds = 0.0  # before this process
+        self.seconds = 0.0  # of training in earlier processes
         self.restore: Callable[[], None] | None = None
 
     @property
@@ -193,7 +192,7 @@ class Watch(TrainerCallback):
 
 
 class Track(TrainerCallback):
-    """Hands the Trainer's log on to a tracker, with steps that go on across rounds."""
+    """Sends the Trainer's log to a tracker, with steps counted over all rounds."""
 
     def __init__(self, name: str, job: Job) -> None:
         self.name = name
@@ -210,6 +209,6 @@ class Track(TrainerCallback):
             self.log(values, self.before + state.global_step)
 
     def end(self) -> None:
-        """Close the log, also of a branch that went astray: the next one has its own."""
+        """Close the log, even if the branch diverged: each branch has its own."""
         if self.close:
             self.close()

@@ -136,7 +136,7 @@ def test_what_is_no_student_is_named(
     tokenizer = json.loads((plain / "tokenizer_config.json").read_text())
     (plain / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": None}))
     assert "has no chat template" in refusal(f"student={plain}")
-    assert "no causal language model" in refusal(f"student={copy('unknown', model_type='nonsense')}")
+    assert "cannot be loaded as a causal language model" in refusal(f"student={copy('unknown', model_type='nonsense')}")
     short = copy("short", max_position_embeddings=9)
     assert f"but {short} reads at most 9; set branch.max_length to 9 or less" in refusal(f"student={short}")
 
@@ -237,10 +237,10 @@ def test_a_driver_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here = {"student": "s", "teachers": [{"name": "a", "data": "a.jsonl"}]}
-    for asked, begin in (("auto", "device `auto`: "), ("cuda", "device `cuda` was asked for, but ")):
+    for asked, begin in (("auto", "device `auto`: "), ("cuda", "device `cuda`: ")):
         with pytest.raises(UserError) as e:
             device_of(parse_config({**here, "device": asked}, "test"))
-        assert str(e.value) == f"{begin}{old}; device=cpu does without"
+        assert str(e.value) == f"{begin}{old}; to run on the CPU, set device=cpu"
     assert device_of(parse_config({**here, "device": "cpu"}, "test")).type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # GPUs are hidden on purpose
     assert device_of(parse_config(here, "test")).type == "cpu"

@@ -116,7 +116,7 @@ def test_out_of_memory_halves_and_gives_the_same(qwen3: Path) -> None:
         assert falsecuda.held() == before
         torch.cuda.set_per_process_memory_fraction((before + 2**14) / total)
         with pytest.raises(
-            UserError, match=r"memory though one by one \(.*; free .*, or begin .* eval\.max_new_tokens below 100"
+            UserError, match=r"memory even one by one \(.*; free .*, or start .* eval\.max_new_tokens below 100"
         ):
             evaluate(model, tokenizer, questions, held_out, settings[8], seed=0)
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -172,7 +172,7 @@ def test_out_of_memory_is_one_line_in_whatever_form_it_comes_and_the_run_goes_on
         if place == "round 1, a, train":  # it is done to the letter, from the state that was saved after the first step
             file = Path(config.output) / "asked.yaml"
             file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-            overrides = re.findall(r"\S+=[^\s,]+", str(e.value).partition("go on with ")[2])
+            overrides = re.findall(r"\S+=[^\s,]+", str(e.value).partition("resume with ")[2])
             config = load_config(file, overrides)
             assert config.branch.traces == 4
             less = (config.branch.batch_size, config.branch.activation_checkpointing, config.branch.loss_chunk)

@@ -694,8 +694,8 @@ def test_no_memory_ends_in_one_line_with_what_to_lower(
     process = start(config, before=_limit_memory)
     assert process.end() == REFUSED, process.err
     assert re.search(
-        r"error: round 1, teacher `a`: out of memory \(.*can't allocate memory.*\); go on with branch\.batch_size=2 "
-        r"branch\.gradient_accumulation=\d+ branch\.loss_chunk=50000, or begin another run with branch\.max_length "
+        r"error: round 1, teacher `a`: out of memory \(.*can't allocate memory.*\); resume with branch\.batch_size=2 "
+        r"branch\.gradient_accumulation=\d+ branch\.loss_chunk=50000, or start a new run with branch\.max_length "
         r"below \d{4}, the longest trace",
         one_line(process.err),
     )

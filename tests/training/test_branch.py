@@ -558,21 +558,21 @@ def test_ligers_kernels_are_refused_where_they_cannot_run(
 
 
 def test_out_of_memory_advises_what_a_run_can_go_on_with() -> None:
-    rest = ", or begin another run with branch.max_length below 90, the longest trace"
+    rest = ", or start a new run with branch.max_length below 90, the longest trace"
 
     def said(stays: bool = False, **changes: Any) -> str:
         advice = branch._advice(settings(**changes), 90, stays)
         assert advice.endswith(rest)
         return advice.removesuffix(rest)
 
-    assert said(True, batch_size=1, loss_chunk=256) == "go on with branch.offload=on"
-    assert said(batch_size=1, loss_chunk=256) == "free memory that others use, and go on"
+    assert said(True, batch_size=1, loss_chunk=256) == "resume with branch.offload=on"
+    assert said(batch_size=1, loss_chunk=256) == "free memory that other programs use, and resume"
     assert said(batch_size=3, gradient_accumulation=2, activation_checkpointing=False, loss_chunk=300) == (
-        "go on with branch.batch_size=1 branch.gradient_accumulation=6 branch.activation_checkpointing=true "
+        "resume with branch.batch_size=1 branch.gradient_accumulation=6 branch.activation_checkpointing=true "
         "branch.loss_chunk=256"
     )
     assert said(batch_size=4, gradient_accumulation=3, loss_chunk=1024) == (
-        "go on with branch.batch_size=2 branch.gradient_accumulation=6 branch.loss_chunk=512"
+        "resume with branch.batch_size=2 branch.gradient_accumulation=6 branch.loss_chunk=512"
     )
-    assert said(batch_tokens=150, loss_chunk=256) == "go on with branch.batch_tokens=90"
-    assert said(batch_tokens=80, loss_chunk=256) == "free memory that others use, and go on"
+    assert said(batch_tokens=150, loss_chunk=256) == "resume with branch.batch_tokens=90"
+    assert said(batch_tokens=80, loss_chunk=256) == "free memory that other programs use, and resume"

@@ -252,8 +252,8 @@ def test_no_host_memory_is_one_line_that_says_how_much_is_needed(deep: Path, mon
     model = checkpointed(deep)
     with pytest.raises(UserError) as e:
         gradients(model, batch_of(model), Offload(CPU, torch.float32, kept=18 * 2**30))
-    assert str(e.value).startswith("branch.offload needs 18.0 GiB of host memory, and there was no more after 0.0 (")
-    advice = "; go on with branch.offload=off, or begin another run with a smaller branch.max_length"
+    assert str(e.value).startswith("branch.offload needs 18.0 GiB of host memory, but only 0.0 could be allocated (")
+    advice = "; resume with branch.offload=off, or start a new run with a smaller branch.max_length"
     assert str(e.value).endswith(advice)
 
 
