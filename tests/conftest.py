@@ -1,6 +1,7 @@
 """Small real students, real PEFT adapters and real configs, made once a session."""
 
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -52,6 +53,12 @@ from mot_lora.merging.merged import Merged, combine
 from mot_lora.reader import demo_path, parse_config
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that is imported out of garbage collection, which every run of a test asks for several times."""
+    gc.collect()
+    gc.freeze()
 
 
 def _save(model: torch.nn.Module, path: Path, **kwargs: Any) -> Path:

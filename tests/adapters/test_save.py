@@ -2,15 +2,13 @@
 
 import json
 import math
-import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MakeAdapter, apart, dense, files_of, fresh, logits_of, peft_adapter, peft_model, share_lost, stored
+from limits import small_files
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -297,17 +295,6 @@ def test_an_update_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> Non
     assert files_of(tmp_path / "a") == before
 
 
-SAVE = """
-import sys
-from mot_lora import UserError, load_adapter, save_adapter
-for out in sys.argv[2:]:
-    try:
-        save_adapter(load_adapter(sys.argv[1]), out)
-    except UserError as e:
-        print(e)
-"""
-
-
 def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     large = Factors(torch.randn(8, 4000, generator=generator), torch.randn(4000, 8, generator=generator))
@@ -315,15 +302,11 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
     save_adapter(small_adapter(), tmp_path / "out")
     before = files_of(tmp_path / "out")
 
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    outs = [str(tmp_path / "out"), str(tmp_path / "new")]
-    command = [sys.executable, "-c", SAVE, str(tmp_path / "large"), *outs]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=small_files)
-    assert done.stdout.splitlines() == [
-        f"{out}: cannot be written (File too large): is there space, and a permission?" for out in outs
-    ]
+    for name in ("out", "new"):
+        with pytest.raises(UserError) as e, small_files(60_000):
+            save_adapter(load_adapter(tmp_path / "large"), tmp_path / name)
+        end = "cannot be written (File too large): is there space, and a permission?"
+        assert str(e.value) == f"{tmp_path / name}: {end}"
     assert files_of(tmp_path / "out") == before
     assert not files_of(tmp_path / "new")
 

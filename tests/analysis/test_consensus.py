@@ -19,7 +19,7 @@ from test_run_page import HOSTILE, Reader, a_page, a_run, fold, section
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from mot_lora import UserError, run
+from mot_lora import UserError
 from mot_lora.analysis import landscape
 from mot_lora.analysis.confidence import (
     KINDS,
@@ -45,6 +45,7 @@ from mot_lora.reports import consensus_charts
 from mot_lora.reports.consensus_page import ConsensusPart, consensus_part, finding
 from mot_lora.reports.publish import read_page
 from mot_lora.reports.run_page import report
+from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 
 # each word is a token of its own

@@ -5,19 +5,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from forks import exit_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_distillation import MakeConfig, files, same_run
 
-from mot_lora import run
 from mot_lora.analysis.arms import Arm, placed
 from mot_lora.analysis.comparison import ArmRun
 from mot_lora.analysis.experiment import borrow, compare
@@ -27,6 +25,7 @@ from mot_lora.data.scoring import elected
 from mot_lora.durable import write_lines, write_record
 from mot_lora.reader import demo_path, parse_config
 from mot_lora.records import Answer, BranchRecord, EvaluationRecord, FoldRecord, RoundRecord, TrainRecord
+from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import branch
 
@@ -299,30 +298,20 @@ def timeless(arm: ArmRun) -> ArmRun:
     return arm.model_copy(update={"seconds": 0.0})
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch, yaml
-from mot_lora.analysis.experiment import compare
-from mot_lora.reader import parse_config
-torch.set_num_threads(1)
-def progress(stage, done, total, note="", **_):
-    if stage == "seed 0, linear, round 1, b, train" and done:
-        os.kill(os.getpid(), signal.SIGKILL)
-compare(parse_config(yaml.safe_load(Path(sys.argv[1]).read_text()), "x"), [0], sys.argv[2], ["mtd", "linear"],
-    progress=progress)
-"""
+def killed(config: Config, out: Path) -> None:
+    """Compare until a branch of the last arm is trained, and be killed there."""
+
+    def progress(stage: str, done: int, *_: Any, **__: Any) -> None:
+        if stage == "seed 0, linear, round 1, b, train" and done:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    compare(config, [0], out, ARMS, progress=progress)
 
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_stopped(tiny: Callable[..., Config], tmp_path: Path) -> None:
     config = tiny(rounds=2)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), str(tmp_path / "parts")]
-    killed = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert exit_status(killed, config, tmp_path / "parts") == -signal.SIGKILL
     train = Trained()
     again = compare(config, [0], tmp_path / "parts", ARMS, train=train)
     assert train.jobs == [("linear", 1, "b"), ("linear", 2, "a"), ("linear", 2, "b")]

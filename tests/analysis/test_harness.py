@@ -15,10 +15,11 @@ import yaml
 from conftest import refused
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from mot_lora import UserError, evaluate_run, export, run
+from mot_lora import UserError, evaluate_run, export
 from mot_lora.analysis.harness import HarnessRecord, Score, TaskRecord
 from mot_lora.reader import demo_path, parse_config
 from mot_lora.records import Record
+from mot_lora.runs.distillation import run
 
 ROWS = 16
 CHATTER = """

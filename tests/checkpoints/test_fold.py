@@ -2,10 +2,7 @@
 
 import json
 import math
-import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from conftest import (
     stored,
     true_updates,
 )
+from limits import small_files
 from safetensors.torch import load_file, save_file
 from test_tensors import KINDS
 from torch import Tensor
@@ -587,36 +585,16 @@ def test_a_place_that_cannot_be_written_is_named(bases: dict[str, Path], tmp_pat
     assert files_of(tmp_path) == {"file": b"mine"}
 
 
-FOLD = """
-import sys
-from mot_lora import UserError, fold_checkpoint, load_adapter, merge_adapters
-try:
-    fold_checkpoint(sys.argv[1], merge_adapters([sys.argv[2]]), sys.argv[3])
-except UserError as e:
-    print(e)
-    sys.exit(2)
-"""
-
-
 def test_a_disk_that_fills_up_leaves_nothing_behind(qwen3: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(qwen3, "adapter")
     size = sorted(f.stat().st_size for f in qwen3.glob("*.safetensors"))
     limit = (size[-1] + size[-2]) // 2  # a later shard no longer fits
     assert size[0] < limit < size[-1]
 
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     out = tmp_path / "new" / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", FOLD, str(qwen3), str(adapter), str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=small_files,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == f"{out}: cannot be written (File too large): is there space, and a permission?\n"
+    with pytest.raises(UserError) as e, small_files(limit):
+        fold_checkpoint(qwen3, merge_adapters([adapter]), out)
+    assert str(e.value) == f"{out}: cannot be written (File too large): is there space, and a permission?"
     assert not files_of(tmp_path / "new")
     assert not out.exists()
 

@@ -15,12 +15,14 @@ from conftest import small_update
 from false_gpu import false_gpu
 from test_harness import tasks  # noqa: F401
 
-from mot_lora import UserError, evaluate_run, run
+from mot_lora import UserError, evaluate_run
 from mot_lora.analysis.consensus import consensus
 from mot_lora.analysis.experiment import borrow, compare
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config, LoraConfig
 from mot_lora.reader import load_config
+from mot_lora.reports.publish import write_page
+from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training.adapter import add_adapter
 from mot_lora.training.student import fold, load_model
@@ -207,7 +209,7 @@ def test_a_run_does_not_go_on_on_another_device_unless_told_to(
     said = r"started on cuda \(NVIDIA GeForce RTX 4090\), but here device `auto` is cpu; .* continue with device=cpu$"
     with pytest.raises(UserError, match=said):
         run(make_config(**short, device="auto"))
-    record = run(make_config(**short, device="cpu"))
+    record = run(make_config(**short, device="cpu"), finished=write_page)
     on = [r.device.text for r in record.rounds if r.device]
     assert on == ["NVIDIA GeForce RTX 4090 in bfloat16", f"{platform.processor() or 'cpu'} in float32"]
     assert [b.device and b.device.kind for b in record.branches] == ["cuda", "cuda", "cpu", "cpu"]

@@ -11,12 +11,12 @@ import torch
 from false_gpu import false_gpu
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from mot_lora import run
 from mot_lora.config import Config
 from mot_lora.planning.cards import CONTEXT
 from mot_lora.planning.fit import PlanRecord
 from mot_lora.planning.need import PROMPT, Part
 from mot_lora.reader import demo_path
+from mot_lora.runs.distillation import run
 from mot_lora.training.offload import SLAB
 
 T4 = {"name": "Tesla T4", "gib": 16, "capability": "7.5"}
@@ -106,19 +106,37 @@ def compare(tmp_path: Path) -> Compare:
     return compared
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("layers of a batch in tokens", "losses") else pytest.param(n, marks=SLOW) for n in CASES]
+)
 @false_gpu()
 def test_of_an_nf4_student(compare: Compare, name: str) -> None:
     compare(name)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "none"])
-@pytest.mark.parametrize("name", ["layers", "layers, offloaded", "losses", "folding", "answering"])
+@pytest.mark.parametrize(("name", "quantization"), [("folding", "int8"), ("losses", "none")])
 @false_gpu()
 def test_of_int8_and_16_bit_students(compare: Compare, name: str, quantization: str) -> None:
     compare(name, quantization=quantization)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+@pytest.mark.parametrize("name", ["layers", "layers, offloaded", "losses", "folding", "answering"])
+@false_gpu()
+def test_of_all_work_of_int8_and_16_bit_students(compare: Compare, name: str, quantization: str) -> None:
+    compare(name, quantization=quantization)
+
+
+@false_gpu(**T4)
+def test_of_a_fold_before_ampere(compare: Compare) -> None:
+    compare("folding")
+
+
+@pytest.mark.slow  # products in fp16 take a CPU long
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("name", ["layers", "answering"])
 @false_gpu(**T4)
@@ -126,7 +144,9 @@ def test_of_a_card_before_ampere(compare: Compare, name: str, quantization: str)
     compare(name, quantization=quantization)
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "della"])
+@pytest.mark.parametrize(
+    "method", ["ties", *(pytest.param(m, marks=SLOW) for m in ("dare_linear", "dare_ties", "della"))]
+)
 @false_gpu()
 def test_of_other_merges(compare: Compare, method: str) -> None:
     compare("folding", merge={"method": method, "density": 0.5})

@@ -17,7 +17,7 @@ from test_memory import is_free
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from mot_lora import UserError, run
+from mot_lora import UserError
 from mot_lora.analysis.consensus import consensus
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import BranchConfig, Config, LoraConfig
@@ -26,6 +26,7 @@ from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Trace
 from mot_lora.reader import demo_path
 from mot_lora.records import RunRecord
+from mot_lora.runs.distillation import run
 from mot_lora.runs.export import export
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import offload

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from test_distillation import MakeConfig, records, same_run
 from test_student import linear_layers, requantized
 
-from mot_lora import UserError, run
+from mot_lora import UserError
 from mot_lora.config import Config
 from mot_lora.durable import DamagedError, read_record
 from mot_lora.merging.weighting import by_accuracy, greedily
 from mot_lora.reader import demo_path, parse_config
 from mot_lora.records import Answer, EvaluationRecord, TrainRecord
+from mot_lora.runs.distillation import run
 from mot_lora.runs.ledger import read_ledger
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import branch, evaluation

@@ -1,7 +1,6 @@
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,15 +8,16 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import stored, true_updates
+from forks import exit_status
 from peft import PeftModel
 from test_student import linear_layers, requantized
 
-from mot_lora import UserError, run
+from mot_lora import UserError
 from mot_lora.config import Config, RoundMergeConfig
 from mot_lora.data.encoding import collate
 from mot_lora.data.traces import Example
 from mot_lora.records import Answer, EvaluationRecord, RunRecord, TrainRecord
-from mot_lora.runs.distillation import Evaluate
+from mot_lora.runs.distillation import Evaluate, run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import branch, evaluation
 from mot_lora.training.job import Job
@@ -322,18 +322,14 @@ def test_a_run_stopped_anywhere_ends_as_one_never_stopped(
     assert same_run(whole, out)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from mot_lora import run
-from mot_lora.reader import parse_config
-import torch, yaml
-torch.set_num_threads(1)
-def progress(stage, done, total, note="", **_):
-    if stage == "round 2, b, train":
-        os.kill(os.getpid(), signal.SIGKILL)
-run(parse_config(yaml.safe_load(Path(sys.argv[1]).read_text()), "test"), progress=progress)
-"""
+def killed(config: Config) -> None:
+    """Run until a branch of the second round is trained, and be killed there."""
+
+    def progress(stage: str, *_: Any, **__: Any) -> None:
+        if stage == "round 2, b, train":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(config, progress=progress)
 
 
 def test_a_killed_run_ends_as_one_never_stopped(
@@ -341,11 +337,7 @@ def test_a_killed_run_ends_as_one_never_stopped(
 ) -> None:
     whole, _ = never_stopped
     config = make_config(output=str(tmp_path / "killed"))
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "config.json")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert exit_status(killed, config) == -signal.SIGKILL
     spied = Spied()
     run(config, train=spied.train)
     assert len(spied.trained) == 1

@@ -10,14 +10,15 @@ from peft import PeftModel
 from rich.console import Console
 from test_student import linear_layers
 
-from mot_lora import UserError, run
+from mot_lora import UserError
 from mot_lora.analysis.arms import arms
 from mot_lora.config import Config, EvalConfig
 from mot_lora.durable import read_lines
 from mot_lora.records import Answer, EvaluationRecord, FinalRecord, RunRecord
+from mot_lora.reports.publish import write_page
 from mot_lora.reports.run_tables import memory_note, results
 from mot_lora.reports.tables import table
-from mot_lora.runs.distillation import stages
+from mot_lora.runs.distillation import run, stages
 from mot_lora.runs.export import choose, model_card
 from mot_lora.runs.ledger import read_state
 from mot_lora.runs.rundir import RunDir
@@ -57,7 +58,7 @@ def config(make_config: MakeConfig) -> Config:
 def test_the_best_rounds_student_is_asked_once_more(config: Config) -> None:
     config = finals(config, samples=3, temperature=0.8, limit=4, batch_size=1)
     graded, seen = Graded(0.1, 0.4, 0.3, 0.9), list[str]()
-    record = run(config, evaluate=graded, progress=lambda stage, *_, **__: seen.append(stage))
+    record = run(config, evaluate=graded, progress=lambda stage, *_, **__: seen.append(stage), finished=write_page)
     assert record.best == 1
     assert record.final == FinalRecord(
         round=1,

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mot_lora import run, stages, table
+from mot_lora import stages, table
 from mot_lora.config import Config
 from mot_lora.records import Answer, EvaluationRecord
 from mot_lora.reports.publish import read_page
 from mot_lora.reports.run_page import report
 from mot_lora.reports.run_tables import results
+from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import evaluation
 

@@ -5,7 +5,6 @@ the installed command itself.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -26,24 +25,16 @@ from typing import Any
 
 import pytest
 import yaml
+from forks import FORKS
 from test_distillation import MakeConfig, files, same_run
 
-from mot_lora import UserError, run
+from mot_lora import UserError
 from mot_lora.config import Config
 from mot_lora.reader import load_config
+from mot_lora.runs.distillation import run
 from mot_lora.runs.ledger import read_run, read_state
 from mot_lora.runs.rundir import RunDir
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "mot_lora.runs.distillation",
-        "mot_lora.reports.display",
-        "mot_lora.reports.tables",
-        "mot_lora.cli.app",
-        "mot_lora.data.select",
-    ]
-)
 SLOW = pytest.mark.slow
 BRANCH = {"steps": 6, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 1e-2, "max_length": 128}
 DONE, REFUSED, INT, TERM, HUP, KILL = 0, 2, 130, 143, 129, -signal.SIGKILL

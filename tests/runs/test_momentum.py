@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_distillation import MakeConfig, Spied, records
 from test_student import requantized
 
-from mot_lora import export, run
+from mot_lora import export
 from mot_lora.config import Config
 from mot_lora.merging.averages import nesterov
+from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 
 

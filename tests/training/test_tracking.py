@@ -8,8 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_distillation import MakeConfig
 
-from mot_lora import UserError, run
+from mot_lora import UserError
 from mot_lora.config import Config
+from mot_lora.runs.distillation import run
 from mot_lora.runs.ledger import read_run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training.tracking import check_trackers, open_tracker

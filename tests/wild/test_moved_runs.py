@@ -16,11 +16,13 @@ from wild import CHATML, jsonl, llama, recipe, rows
 from wild import student as make_student
 from wild import tokenizer as make_tokenizer
 
-from mot_lora import UserError, compare, export, export_adapter, load_config, run
+from mot_lora import UserError, export, export_adapter, load_config
 from mot_lora.analysis.consensus import consensus
+from mot_lora.analysis.experiment import compare
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.records import RunRecord
+from mot_lora.runs.distillation import run
 from mot_lora.runs.inputs import by_content, places, relocated, resolved
 from mot_lora.runs.ledger import read_run, settings
 from mot_lora.runs.rundir import RunDir

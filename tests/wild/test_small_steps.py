@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from wild import jsonl, recipe, rows
 from wild import student as make_student
 
-from mot_lora import load_config, run
+from mot_lora import load_config
 from mot_lora.data.encoding import encode
 from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.data.traces import Example, Trace
 from mot_lora.errors import DivergedError
+from mot_lora.runs.distillation import run
 from mot_lora.training.branch import train
 from mot_lora.training.trainer import rate_share
 
