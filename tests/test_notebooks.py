@@ -1,6 +1,8 @@
 """The notebooks, executed as they stand. `python tests/test_notebooks.py` executes them and writes them back."""
 
+import ast
 import base64
+import importlib
 import os
 import re
 import tempfile
@@ -93,6 +95,18 @@ def test_a_committed_notebook_is_clean(name: str) -> None:
     assert any(cell.outputs for cell in code(notebook))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_imports_what_there_is(name: str) -> None:
+    lines = "\n".join(cell.source for cell in code(load(name))).splitlines()
+    tree = ast.parse("\n".join(re.sub(r"^( *)%.*", r"\1pass", line) for line in lines))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert len([node for node in imports if str(node.module).startswith("mot_lora")]) >= 3
+    for node in imports:
+        module = importlib.import_module(str(node.module))
+        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     notebook, committed = execute("quickstart", tmp_path), load("quickstart")
     check_outputs(notebook, committed)
@@ -113,6 +127,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert int(re.search(r"(\d+) texts", in_4_bits)[1]) >= 50
 
 
+@pytest.mark.slow
 def test_bring_your_own_trainer(tmp_path: Path) -> None:
     notebook, committed = execute("bring_your_own_trainer", tmp_path), load("bring_your_own_trainer")
     check_outputs(notebook, committed)

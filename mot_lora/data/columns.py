@@ -238,7 +238,7 @@ class RowReader:
     def answered_elsewhere(self, cell: Cell, roles: Sequence[str]) -> str:
         """What to say where messages are but the question, and another column may hold the answer to them."""
         others = [n for n in (*PREFERRED, *RESPONSE) if n in self.filled]
-        if roles[-1] != "user" or not others or "question" in self.columns:
+        if roles[-1:] != ["user"] or not others or "question" in self.columns:
             return ""
         return f"; if `{others[0]}` answers them, say columns: {{question: {cell[0]}, answer: {others[0]}}}"
 

@@ -31,7 +31,7 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-def test_run_and_export_print_one_json_object(config_file: Path, tmp_path: Path) -> None:
+def test_run_and_export_print_one_json_object(call: Any, config_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = command("run", config_file, f"output={output}", "--json")
     assert done.returncode == 0, done.stderr
@@ -49,13 +49,13 @@ def test_run_and_export_print_one_json_object(config_file: Path, tmp_path: Path)
     assert "b, one trace, trained between » and «" in done.stderr
 
     out = tmp_path / "student"
-    done = command("export", output, "--out", out, "--round", 1, "--json")
-    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
-    said = json.loads(done.stdout)
+    status, printed, err = call("export", output, "--out", out, "--round", 1, "--json")
+    assert (status, printed.count("\n")) == (0, 1)
+    said = json.loads(printed)
     assert set(said) == {"out", *ExportRecord.model_fields}
     assert {k: said[k] for k in ("out", "round", "dtype")} == {"out": str(out), "round": 1, "dtype": "bfloat16"}
     assert said["worst"][1] <= said["survived"] <= 1.1
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["write"]
+    assert [line.split()[0] for line in err.splitlines()] == ["write"]
     assert (out / "config.json").exists()
 
 

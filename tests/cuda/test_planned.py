@@ -22,6 +22,10 @@ from mot_lora.training.offload import SLAB
 T4 = {"name": "Tesla T4", "gib": 16, "capability": "7.5"}
 CASES: Mapping[str, dict[str, Any]] = {
     "layers": {"words": 200},
+    "layers of a small student": {
+        "shape": {"hidden_size": 192, "intermediate_size": 512, "head_dim": 32},
+        "words": 100,
+    },
     "layers, all kept": {"words": 200, "branch": {"activation_checkpointing": False}},
     "layers, offloaded": {"shape": {"num_hidden_layers": 8}, "words": 900, "branch": {"offload": "on"}},
     "layers of a batch in tokens": {"words": 100, "branch": {"batch_tokens": 240}},
@@ -110,30 +114,32 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("layers of a batch in tokens", "losses") else pytest.param(n, marks=SLOW) for n in CASES]
+    "name", [n if n in ("layers of a small student", "losses") else pytest.param(n, marks=SLOW) for n in CASES]
 )
 @false_gpu()
 def test_of_an_nf4_student(compare: Compare, name: str) -> None:
     compare(name)
 
 
-@pytest.mark.parametrize(("name", "quantization"), [("folding", "int8"), ("losses", "none")])
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        ("folding", "int8"),
+        *(pytest.param(n, "int8", marks=SLOW) for n in ("layers", "layers, offloaded", "losses", "answering")),
+        *(
+            pytest.param(n, "none", marks=SLOW)
+            for n in ("layers", "layers, offloaded", "losses", "folding", "answering")
+        ),
+    ],
+)
 @false_gpu()
 def test_of_int8_and_16_bit_students(compare: Compare, name: str, quantization: str) -> None:
     compare(name, quantization=quantization)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["int8", "none"])
-@pytest.mark.parametrize("name", ["layers", "layers, offloaded", "losses", "folding", "answering"])
-@false_gpu()
-def test_of_all_work_of_int8_and_16_bit_students(compare: Compare, name: str, quantization: str) -> None:
-    compare(name, quantization=quantization)
-
-
 @false_gpu(**T4)
-def test_of_a_fold_before_ampere(compare: Compare) -> None:
-    compare("folding")
+def test_of_a_small_student_before_ampere(compare: Compare) -> None:
+    compare("layers of a small student")
 
 
 @pytest.mark.slow  # products in fp16 take a CPU long
@@ -144,9 +150,8 @@ def test_of_a_card_before_ampere(compare: Compare, name: str, quantization: str)
     compare(name, quantization=quantization)
 
 
-@pytest.mark.parametrize(
-    "method", ["ties", *(pytest.param(m, marks=SLOW) for m in ("dare_linear", "dare_ties", "della"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "della"])
 @false_gpu()
 def test_of_other_merges(compare: Compare, method: str) -> None:
     compare("folding", merge={"method": method, "density": 0.5})
