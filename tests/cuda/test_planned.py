@@ -24,7 +24,8 @@ CASES: Mapping[str, dict[str, Any]] = {
     "layers": {"words": 200},
     "layers of a small student": {
         "shape": {"hidden_size": 192, "intermediate_size": 512, "head_dim": 32},
-        "words": 100,
+        "words": 60,
+        "branch": {"gradient_accumulation": 1},
     },
     "layers, all kept": {"words": 200, "branch": {"activation_checkpointing": False}},
     "layers, offloaded": {"shape": {"num_hidden_layers": 8}, "words": 900, "branch": {"offload": "on"}},

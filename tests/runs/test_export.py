@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +202,9 @@ def test_an_export_into_an_empty_folder_is_whole(finished: Config, tmp_path: Pat
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(finished: Config, tmp_path: Path, call: Any) -> None:
     with small_files(60_000):  # the second shard no longer fits
-        said = refused(call("export", finished.output, "--out", tmp_path / "new" / "out"))
-    assert said.startswith(f"{tmp_path / 'new' / 'out'}: cannot be written")
+        status, _, err = call("export", finished.output, "--out", tmp_path / "new" / "out")
+    assert status == 2
+    assert re.fullmatch(rf"error: {tmp_path / 'new' / 'out'}: cannot be written .+\n", err)
     assert not (tmp_path / "new" / "out").exists()
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
@@ -366,6 +368,7 @@ def test_adapters_that_cannot_be_written_are_refused(make_config: MakeConfig, tm
 
 def test_an_adapter_on_a_full_disk_leaves_nothing_behind(finished: Config, tmp_path: Path, call: Any) -> None:
     with small_files(10_000):
-        said = refused(call("export", finished.output, "--as", "lora", "--out", tmp_path / "new" / "out"))
-    assert said.startswith(f"{tmp_path / 'new' / 'out'}: cannot be written")
+        status, _, err = call("export", finished.output, "--as", "lora", "--out", tmp_path / "new" / "out")
+    assert status == 2
+    assert re.fullmatch(rf"error: {tmp_path / 'new' / 'out'}: cannot be written .+\n", err)
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
