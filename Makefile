@@ -20,7 +20,7 @@ test: .venv/dev
 	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: .venv/dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist worksteal
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -38,7 +38,7 @@ def is_free() -> bool:
 
 
 @false_gpu()
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", *(pytest.param(q, marks=pytest.mark.slow) for q in ("int8", "none"))])
 def test_a_run_leaves_nothing_on_the_card(make_config: MakeConfig, tmp_path: Path, quantization: str) -> None:
     gc.disable()  # cycles are collected when they must be, not by luck
     made = {"device": "cuda", "quantization": quantization, "branch": SMALL}
