@@ -159,6 +159,13 @@ def test_targets_of_make_on_a_page_exist(page: Path) -> None:
     assert set(re.findall(r"`make ([\w-]+)`", page.read_text("utf-8"))) <= targets
 
 
+def test_the_demo_has_one_table() -> None:
+    first, second = (BLOCK.findall((ROOT / page).read_text("utf-8")) for page in ("README.md", "docs/index.md"))
+    tables = [text for of in (first, second) for _, text in of if "held-out questions" in text]
+    assert len(tables) == 2
+    assert tables[0] == tables[1]
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
 
