@@ -6,7 +6,7 @@ from typing import Any, Protocol
 class Progress(Protocol):
     """Called with a stage's name, how much of it is done, out of how much, and a short note.
 
-    A training stage also gives the step's mean loss, in nats a token, and the tokens trained on so far in the stage.
+    A training stage also gives the step's mean loss, in nats per token, and the tokens trained on so far in the stage.
     """
 
     def __call__(

@@ -13,7 +13,7 @@ from mot_lora.analysis.wording import Metric, parts, place
 from mot_lora.errors import UserError
 from mot_lora.records import Record
 
-Budget = Literal["steps", "total"]  # the same steps a branch, or the same branch-steps in all
+Budget = Literal["steps", "total"]  # the same steps per branch, or the same branch-steps in all
 Reference = Literal["std", "mtd"]  # what arms are compared with: the best single teacher, the union
 
 
@@ -51,7 +51,7 @@ class Difference(Record):
 class ArmSummary(Record):
     """One arm over its seeds: `last` are the last students' scores, seed by seed, and `score` their estimate.
 
-    Scores are accuracy in [0, 1], or nats a token where the comparison's metric is the loss. `by_round` begins before
+    Scores are accuracy in [0, 1], or nats per token where the comparison's metric is the loss. `by_round` begins before
     training, and is empty for an arm without rounds, such as a vote; `lowest` is the worst score of the rounds after
     that; `gain` and `forgetting` are last minus before. branch_steps, tokens and seconds are means over all its runs.
     """

@@ -52,7 +52,7 @@ class StudentConfidence(Record):
 
 
 class ClassRecord(Record):
-    """The tokens that so many branches gained on, and what became of them; changes are of log p, in nats a token.
+    """The tokens that so many branches gained on, and what became of them; changes are of log p, in nats per token.
 
     All are against the student that the round began with but `base`, which is the merged student's against W_0.
     `p_start` is that student's mean p; `gain` the mean of the branches that gained, `mean` of all branches; `kept` is
@@ -117,7 +117,7 @@ class ExampleRecord(Record):
 
 
 class LossLine(Record):
-    """Held-out losses (nats a token, mean over teachers) at points of a line through the weights."""
+    """Held-out losses (nats per token, mean over teachers) at points of a line through the weights."""
 
     name: str
     at: tuple[float, ...]

@@ -10,7 +10,7 @@ Verdict = Literal["better", "worse", "open"]
 
 
 def verdict(difference: Difference, metric: Metric) -> Verdict:
-    """Whether the 95 % interval over seeds leaves 0 out, and on which side; `open` too where there is none.
+    """Whether the 95 % interval over seeds excludes 0, and on which side; `open` too where there is none.
 
     >>> from mot_lora.analysis.statistics import Paired
     >>> verdict(Difference(to="mtd", seeds=Paired(n=3, mean=0.2, interval=(0.1, 0.3))), "loss")
@@ -56,8 +56,8 @@ def _against(budget: BudgetSummary, reference: Reference, metric: Metric) -> str
     if not found:
         return f"no other arm shares a seed with {name}."
     better, worse, unclear = ([f for f in found if verdict(f[1], metric) == v] for v in ("better", "worse", "open"))
-    texts = [f"by 95 % intervals over seeds that leave out 0, better than {name}: {_told(better, metric)}; "
-             f"worse: {_told(worse, metric)}."]  # fmt: skip
+    texts = [f"judged by 95 % intervals over seeds that exclude 0, better than {name}: {_changes(better, metric)}; "
+             f"worse: {_changes(worse, metric)}."]  # fmt: skip
     if clear := better + worse:
         kept = [arm for arm, d in clear if d.holm is not None and d.holm < 0.05]
         tests = sum(d.holm is not None for _, d in found)
@@ -72,9 +72,9 @@ def _against(budget: BudgetSummary, reference: Reference, metric: Metric) -> str
     return " ".join(filter(None, [*texts, _widths([d for _, d in found], metric)]))
 
 
-def _told(arms: Sequence[tuple[str, Difference]], metric: Metric) -> str:
-    told = [f"{arm} {signed(d.seeds.mean, metric)}" for arm, d in arms]
-    return f"{listed(told)} {unit(metric)}" if told else "none"
+def _changes(arms: Sequence[tuple[str, Difference]], metric: Metric) -> str:
+    changes = [f"{arm} {signed(d.seeds.mean, metric)}" for arm, d in arms]
+    return f"{listed(changes)} {unit(metric)}" if changes else "none"
 
 
 def _which(arms: list[str], of: Sequence[tuple[str, Difference]]) -> str:
@@ -94,4 +94,4 @@ def _widths(differences: Sequence[Difference], metric: Metric) -> str:
         return ""
     least, most = (number(x, metric) for x in (halves[0], halves[-1]))
     size = least if least == most else f"{least} to {most}"
-    return f"The intervals reach {size} {unit(metric)} to either side: less than that could not be seen here."
+    return f"The intervals reach {size} {unit(metric)} to either side: a smaller difference could not be seen here."

@@ -19,7 +19,7 @@ ARMS = {
 }
 ADDED = {"noisy": "+ noisy teacher", "repeated": "+ repeated teacher"}
 MERGES = ("linear", "ties", "dare_linear", "dare_ties", "validation", "greedy")
-BUDGETS = {"steps": "the same steps a branch", "total": "the same total branch-steps"}
+BUDGETS = {"steps": "the same steps per branch", "total": "the same total branch-steps"}
 
 
 def parts(arm: str) -> tuple[str, str, str]:

@@ -212,7 +212,7 @@ def _scale(metric: Metric) -> Literal[1, 100]:
 
 
 def _axis(metric: Metric) -> str:
-    return "accuracy, %" if metric == "accuracy" else "held-out loss, nats a token"
+    return "accuracy, %" if metric == "accuracy" else "held-out loss, nats per token"
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -67,7 +67,7 @@ def _overview(comparison: Comparison) -> Mapping[str, str]:
         "Seeds": ", ".join(map(str, comparison.seeds)),
         "Rounds": str(comparison.rounds) if comparison.rounds else "",
         "Questions": f"{comparison.questions:,} held out" if comparison.questions else "",
-        "Measured by": "accuracy" if comparison.metric == "accuracy" else "held-out loss, nats a token",
+        "Measured by": "accuracy" if comparison.metric == "accuracy" else "held-out loss, nats per token",
     }
 
 
@@ -84,7 +84,7 @@ def _missing(budget: BudgetSummary) -> str:
         return ""
     seeds = {arm: [str(s) for a, s in budget.missing if a == arm] for arm, _ in budget.missing}
     found = [f"{label(arm)} ({'seed' if len(s) == 1 else 'seeds'} {listed(s)})" for arm, s in seeds.items()]
-    return f"Not finished, with {BUDGETS[budget.budget]}: {', '.join(found)}. All figures are of what is there."
+    return f"Not finished, with {BUDGETS[budget.budget]}: {', '.join(found)}. All figures are of what was run."
 
 
 def _scores(comparison: Comparison, budget: BudgetSummary) -> Part:
@@ -107,12 +107,12 @@ def _differences(comparison: Comparison, budget: BudgetSummary, reference: Refer
     found = [(a.arm, d.seeds) for a in budget.arms if (d := a.to(reference))]
     if not found:
         return Part()
-    told = ", ".join(f"{label(a)} {signed(e.mean, metric)}{_spoken(e, comparison, signs=True)}" for a, e in found)
+    spoken = ", ".join(f"{label(a)} {signed(e.mean, metric)}{_spoken(e, comparison, signs=True)}" for a, e in found)
     to = label(budget.reference(reference) or "")
     picture = svg(
         draw.differences(comparison, budget, reference),
         f"to-{reference}-{budget.budget}",
-        f"Differences to {to} in {unit(metric)}: {told}.",
+        f"Differences to {to} in {unit(metric)}: {spoken}.",
     )
     chosen = ", the best STD, chosen afterwards" if reference == "std" else ""
     caption = (
@@ -150,7 +150,7 @@ def _forgetting(comparison: Comparison, budget: BudgetSummary) -> Part:
         )
         caption = (
             f"With {BUDGETS[budget.budget]}: change on {name} against the gain, each last minus before, with 95 % "
-            f"intervals over seeds. Further {gain} is learnt more, further down is forgotten more."
+            f"intervals over seeds. Further {gain} means more was learned, further down more was forgotten."
         )
         pictures.append(Figure(picture, caption))
     return Part(pictures, forgetting(budget, comparison.metric))

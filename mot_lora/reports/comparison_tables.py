@@ -18,7 +18,7 @@ def grids(comparison: Comparison) -> list[Grid]:
     >>> from mot_lora.analysis.comparison import ArmRun, summarize
     >>> runs = [ArmRun(arm="mtd", budgets=("steps",), seed=s, accuracy=(0.2, 0.3)) for s in (0, 1)]
     >>> [grid.title for grid in grids(summarize(runs))][0]
-    'accuracy, the same steps a branch'
+    'accuracy, the same steps per branch'
     """
     out: list[Grid] = []
     for budget in comparison.budgets:

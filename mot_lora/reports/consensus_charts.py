@@ -118,7 +118,7 @@ def _losses(lines: Sequence[LossLine], names: Sequence[str], ticks: Mapping[floa
     figure, axes = blank(2.8)
     for i, (line, name) in enumerate(zip(lines, names, strict=True)):
         axes.plot(line.at, line.losses, label=name, **_look(i))
-    axes.set_ylabel("held-out loss, nats a token")
+    axes.set_ylabel("held-out loss, nats per token")
     axes.set_xticks([*ticks], [*ticks.values()])
     axes.set_xlabel(across)
     legend(figure)

@@ -124,7 +124,7 @@ def _by_layer(rounds: Sequence[RoundRecord]) -> list[Figure]:
 def _found(found: ConsensusRecord, rounds: int) -> Found:
     looked, count = len(found.basis), len(found.branches)
     return Found(
-        older=f"Looked at after round {looked}; mot-lora report looks again." if looked < rounds else "",
+        older=f"Measured after round {looked}; run mot-lora report to measure it again." if looked < rounds else "",
         traces=found.traces,
         questions=found.questions,
         threshold=f"{found.threshold:g}",
@@ -148,8 +148,8 @@ def _confidence_figures(found: ConsensusRecord) -> list[Figure]:
         ),
         Figure(
             svg(draw.confidence_by_traces(found), "confidence-traces", f"Mean p of a token, by traces: {apart}."),
-            "The merged student on each teacher's traces. Lines that rise together are a student that learns from all "
-            "of them; one that falls is a teacher whose way it leaves.",
+            "The merged student on each teacher's traces. Where all lines rise, the student learns from all of "
+            "them; a line that falls is a teacher that it moves away from.",
         ),
     ]
 
@@ -208,9 +208,7 @@ def finding(r: ConsensusRound) -> str:
     agreed, lone, difference = r.of("all"), r.of("one"), r.difference
     said = [LEADS[r.outcome]]
     for what, c in (("all branches", agreed), ("one branch alone", lone)):
-        moved = (
-            f"On what {what} gained on, the merged student {_moved(c)}." if c else f"No token was gained on by {what}."
-        )
+        moved = f"Where {what} gained, the merged student {_moved(c)}." if c else f"No token was gained on by {what}."
         said.append(moved)
     if difference and agreed and lone and agreed.kept and lone.kept:
         less = "less than" if difference.low > 0 else "more than" if difference.high < 0 else "not clearly less than"
@@ -223,11 +221,11 @@ def finding(r: ConsensusRound) -> str:
 
 
 def _moved(c: ClassRecord) -> str:
-    e, size = c.merged, f"{abs(c.merged.value):.3f} nats a token"
+    e, size = c.merged, f"{abs(c.merged.value):.3f} nats per token"
     if e.low > 0 or e.high < 0:
         return f"{'gained' if e.value > 0 else 'lost'} {size}"
-    why = "on too few questions to tell" if e.half is None else "which can be chance"
-    return f"moved by {e.value:+z.3f} nats a token, {why}"
+    why = "on too few questions to tell" if e.half is None else "which may be chance"
+    return f"moved by {e.value:+z.3f} nats per token, {why}"
 
 
 def _example(e: ExampleRecord, branches: Sequence[str]) -> Example:

@@ -92,7 +92,7 @@ def live(
         yield watch
 
 
-Renew = Callable[[bool], None]  # told whether a stage begins
+Renew = Callable[[bool], None]  # its argument: whether a stage begins
 
 
 @contextmanager

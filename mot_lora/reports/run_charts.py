@@ -17,17 +17,17 @@ Metric = Literal["accuracy", "loss"]
 
 @styled
 def score_by_round(record: RunRecord, metric: Metric) -> "Figure":
-    """Accuracy in % or held-out loss in nats a token: the merged student as a line, each teacher's branches as marks.
+    """Accuracy in % or held-out loss in nats per token: the merged student as a line, each teacher's branches as marks.
 
     >>> run = RunRecord(before=EvaluationRecord(losses={"a": 2.0}), metric="loss", best=0, stopped="")
     >>> score_by_round(run, "loss").axes[0].get_ylabel()
-    'held-out loss, nats a token'
+    'held-out loss, nats per token'
     """
     students = [(0, record.before), *((r.round, r.evaluation) for r in record.rounds)]
     merged = [(at, value, e) for at, e in students if (value := measured(e, metric)) is not None]
     teachers = list(dict.fromkeys(b.teacher for b in record.branches))
     figure, axes = blank(2.8)
-    axes.set_ylabel("accuracy, %" if metric == "accuracy" else "held-out loss, nats a token")
+    axes.set_ylabel("accuracy, %" if metric == "accuracy" else "held-out loss, nats per token")
     axes.plot([at for at, _, _ in merged], [y for _, y, _ in merged], "o-", color=INK, label="merged student", zorder=3)
     if metric == "accuracy":
         for at, y, e in merged:
@@ -54,7 +54,7 @@ def score_by_round(record: RunRecord, metric: Metric) -> "Figure":
 
 @styled
 def loss_curves(branches: Sequence[BranchRecord]) -> "Figure":
-    """Training loss in nats a token by step, rounds one after another: a moving mean over each step's own, faint.
+    """Training loss in nats per token by step, rounds one after another: a moving mean over each step's own, faint.
 
     >>> from mot_lora.records import TrainRecord
     >>> train = TrainRecord(steps=2, tokens=9, loss=1.5, losses=(2.0, 1.0))
@@ -88,7 +88,7 @@ def loss_curves(branches: Sequence[BranchRecord]) -> "Figure":
             text = f"round {n}" if len(starts) < 5 or n == 1 else str(n)
             axes.text(start + 0.5, 1.02, text, transform=axes.get_xaxis_transform())
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats a token")
+    axes.set_ylabel("training loss, nats per token")
     legend(figure)
     return figure
 

@@ -67,22 +67,22 @@ def report(page: Page) -> str:
 def _overview(page: Page) -> Mapping[str, str]:
     record = page.record
     best = next((r for r in record.rounds if r.round == record.best), None)
-    none = "no round beats the student before" if record.rounds else "no round is finished"
+    none = "no round beats the student before training" if record.rounds else "no round is finished"
     final = record.final
     devices = dict.fromkeys(part.device.text for part in (*record.branches, *record.rounds) if part.device)
     return {
         f"Best by {record.metric}": f"round {record.best}" if best else none,
-        "Student before": _score(record.before, record.metric),
+        "Student before training": _score(record.before, record.metric),
         "Student of the best round": _score(best.evaluation, record.metric) if best else "",
-        "In the end": f"{final.label.removeprefix('final: ')}: {final.evaluation.accuracy_text}" if final else "",
+        "Final evaluation": f"{final.label.removeprefix('final: ')}: {final.evaluation.accuracy_text}" if final else "",
         "Questions": f"{record.before.questions:,} held out" if record.before.questions else "none asked",
-        "Stopped because": record.stopped or "not stopped: rounds are left to do",
+        "Stopped because": record.stopped or "not stopped: rounds are still to come",
         "Device": ", then ".join(devices) or str(page.environment.get("device", "")),
     }
 
 
 def _score(evaluation: EvaluationRecord, metric: str) -> str:
-    return evaluation.accuracy_text if metric == "accuracy" else f"{evaluation.loss_text} nats a token"
+    return evaluation.accuracy_text if metric == "accuracy" else f"{evaluation.loss_text} nats per token"
 
 
 def _scores(record: RunRecord) -> list[Figure]:
@@ -97,7 +97,7 @@ def _scores(record: RunRecord) -> list[Figure]:
             label = f"{what} by round: {', '.join(known)}."
             caption = (
                 f"{what}. {good} is better. The line is the merged student{interval}, the marks are each teacher's own "
-                "branch. A merge that is worth it stands beyond its branches."
+                "branch. A merge pays off where it beats its branches."
             )
             out.append(Figure(svg(draw.score_by_round(record, metric), metric, label), caption))
     return out
@@ -112,7 +112,7 @@ def _losses(record: RunRecord) -> list[Figure]:
     )
     caption = (
         "Loss of each teacher's branch by training step, rounds one after another. A curve that falls and flattens is "
-        "good; one that jumps or climbs asks for a lower learning rate. Long curves are smoothed; the faint lines are "
+        "good; one that jumps or climbs calls for a lower learning rate. Long curves are smoothed; the faint lines are "
         "not."
     )
     return [Figure(svg(draw.loss_curves(branches), "steps", label + "."), caption)]
@@ -140,14 +140,14 @@ def _layers(record: RunRecord) -> list[Figure]:
     largest = max(sizes, key=lambda m: sizes[m])
     size = (
         "|D|/|W| by layer and kind of module: where the round changed the student most. Even colours are good; one "
-        f"bright cell is a module that takes most of the change. Largest: {sizes[largest]:.4f} in {largest}."
+        f"bright cell is a module that took most of the change. Largest: {sizes[largest]:.4f} in {largest}."
     )
     if not kept:
         return [_layer_figure(done, "relative_norm", size)]
     least = min(kept, key=lambda m: kept[m])
     survived = (
-        "Share of the update that is in the weights after rounding. Near 1 is good; far below 1, rounding ate the "
-        f"update. Least: {kept[least]:.3f} in {least}."
+        "Share of the update that is in the weights after rounding. Near 1 is good; far below 1, rounding has erased "
+        f"it. Least: {kept[least]:.3f} in {least}."
     )
     return [_layer_figure(done, "relative_norm", size), _layer_figure(done, "survived", survived)]
 

@@ -196,7 +196,7 @@ def test_what_falls_the_other_way_is_said_too() -> None:
     assert steps[0].endswith(
         "the means over seeds go from 33.1\N{NO-BREAK SPACE}% (MoT linear) to 53.0\N{NO-BREAK SPACE}% (MTD (union))."
     )
-    assert steps[1] == "With the same steps a branch, no single teacher was run to compare with."
+    assert steps[1] == "With the same steps per branch, no single teacher was run to compare with."
     assert "better than MTD (union): none; worse: MoT linear -19.9 points." in steps[2]
     level = [a_run("mtd", s, 0.5) for s in range(4)] + [a_run("linear", s, 0.5 + (-1) ** s / 50) for s in range(4)]
     text = findings(summarize(level))[2]
@@ -327,7 +327,7 @@ def test_arms_have_names_for_people() -> None:
 
 def test_results_are_in_their_columns() -> None:
     runs = [a_run("std:a", s, x) for s, x in enumerate((0.25, 0.30, 0.35))] + [a_run("base", s, 0.2) for s in range(3)]
-    grid = one(summarize(runs), "accuracy, the same steps a branch")
+    grid = one(summarize(runs), "accuracy, the same steps per branch")
     assert grid.columns == (
         "arm",
         "seeds",

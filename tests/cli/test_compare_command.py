@@ -20,7 +20,7 @@ def test_a_comparison_is_told_written_and_told_again(call: Any, config_file: Pat
     status, printed, error = call(*asked)
     assert (status, error) == (0, "")
     assert "seed 1, linear, round 1, fold" in printed
-    for title in ("accuracy, the same steps a branch", "accuracy, the same total branch-steps", "cost of one seed"):
+    for title in ("accuracy, the same steps per branch", "accuracy, the same total branch-steps", "cost of one seed"):
         assert title in printed
     assert printed.rstrip().endswith(f"comparison: {out} (compare.html is its picture)")
 

@@ -52,7 +52,7 @@ CASES: dict[str, list[ArmRun]] = {
     "one seed": [a_run("mtd", 0), a_run("linear", 0)],
     "no accuracy": [a_run(name, s, accuracy=(), forgetting={}) for name in ("mtd", "linear") for s in (0, 1)],
     "identical arms": [a_run(name, s) for name in ("std:a", "linear") for s in (0, 1)],
-    "an arm gone astray": [
+    "an arm that diverged": [
         a_run(name, s, accuracy=(), loss=(2.0, 1.9 - s, float("inf") if name == "linear" else 1.8))
         for name in ("mtd", "linear")
         for s in (0, 1)
@@ -114,7 +114,7 @@ def test_the_head_has_the_size_of_it() -> None:
 def test_what_is_missing_is_said() -> None:
     runs = [a_run("mtd", s) for s in range(3)] + [a_run("linear", 1)]
     how = section(compare_page(summarize(runs)), "How it was compared").text
-    assert "Not finished, with the same steps a branch: MoT linear (seeds 0 and 2). All figures are of what" in how
+    assert "Not finished, with the same steps per branch: MoT linear (seeds 0 and 2). All figures are of what" in how
     assert "Not finished" not in demo_page()
 
 

@@ -259,7 +259,7 @@ def test_the_head_says_what_came_of_the_run() -> None:
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", head))
     assert facts == {
         "Best by accuracy": "round 2",
-        "Student before": "30.0 % (25.0 to 35.0)",
+        "Student before training": "30.0 % (25.0 to 35.0)",
         "Student of the best round": "50.0 % (45.0 to 55.0)",
         "Questions": "100 held out",
         "Stopped because": "all rounds are done",
@@ -270,7 +270,7 @@ def test_the_head_says_what_came_of_the_run() -> None:
 def test_figures_tell_their_numbers_to_a_screen_reader() -> None:
     labels = [v for k, v in Reader(demo()).attributes if k == "aria-label"]
     assert "Accuracy by round: before 30.0 % (25.0 to 35.0), round 1 40.0 % (35.0 to 45.0), " in "".join(labels)
-    assert "Held-out loss by round: before 2.000 nats a token, round 1 1.900 nats a token" in "".join(labels)
+    assert "Held-out loss by round: before 2.000 nats per token, round 1 1.900 nats per token" in "".join(labels)
     assert "Cosine of the updates in round 1: a and b 0.25." in labels
     assert "Sign conflict of the updates in round 2: a and b 0.40." in labels
     assert "a in round 1 from 2.00 to 1.25" in "".join(labels)
