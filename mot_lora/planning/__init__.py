@@ -1,6 +1,6 @@
 """Planning: whether a run fits on a card and how long it takes, before any weight is loaded.
 
-It runs the training step on tensors without data and knows cards by their numbers; it never allocates on a GPU.
+It runs the training step on tensors without data (torch's meta device) and never allocates on a GPU.
 """
 
 import lazy_loader

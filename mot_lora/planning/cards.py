@@ -15,11 +15,11 @@ from mot_lora.training.offload import capacity
 
 @dataclass(frozen=True)
 class Card:
-    """A card, or a CPU: GiB of memory as CUDA counts it, which is less than is written on the box, and TFLOP/s and GB/s
-    as its maker says, where they are known.
+    """A card or a CPU: GiB of memory as CUDA reports it, which is less than advertised, and the maker's TFLOP/s and
+    GB/s, if known.
 
-    TFLOP/s are dense products of 16-bit numbers summed in fp32: of bf16, or of fp16 where the card has no bf16.
-    `also` has other names of it, as CUDA says them.
+    TFLOP/s are of dense 16-bit products accumulated in fp32: bf16, or fp16 if the card has no bf16. `also` lists other
+    names that CUDA reports for it.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Card:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a student computes in there."""
+        """The dtype in which a student computes there."""
         if not self.is_gpu:
             return torch.float32
         return torch.bfloat16 if self.bf16 else torch.float16
@@ -83,14 +83,14 @@ CARDS = (
     Card("H100 NVL", 93.1, 835, 3938),
     Card("H200", 139.8, 989, 4800),
 )
-CONTEXT = 600 * 2**20  # bytes that CUDA takes for itself in a process, and libraries for their kernels
-USUAL = "RTX 3090"  # what is planned for where there is no GPU and none is named
+CONTEXT = 600 * 2**20  # bytes of the CUDA context and the libraries' kernels in a process
+USUAL = "RTX 3090"  # planned for if there is no GPU and none is named
 
 
 def find_card(name: str) -> Card:
     """A card by its name, in any case and with or without its maker.
 
-    Errors: UserError for one that is not in the list.
+    Errors: UserError for a card that is not in the list.
 
     >>> find_card("rtx4090").gib
     23.6
@@ -99,14 +99,14 @@ def find_card(name: str) -> Card:
         return found
     known = {_plain(card.name): card for card in CARDS}
     near = difflib.get_close_matches(_plain(name), known, 1, 0.5)
-    hint = f"did you mean {known[near[0]].name}?" if near else f"known are {', '.join(c.name for c in CARDS)}"
-    raise UserError(f"no card is known as `{name}`, give the memory of another with --gpu-gib; {hint}")
+    hint = f"did you mean {known[near[0]].name}?" if near else f"known cards: {', '.join(c.name for c in CARDS)}"
+    raise UserError(f"`{name}` is not a known card; plan for a listed one, with its memory from --gpu-gib; {hint}")
 
 
 def this_card(device: torch.device) -> Card:
-    """The card, or the CPU, that this process computes on, and its memory; of a GPU's what others have is taken off.
+    """The card or CPU that this process computes on; a GPU's memory is without what other processes use.
 
-    How fast a card is, is known only where its whole name is: a variant may have half the cores.
+    A card's speed is known only if its full name matches: a variant may have half the cores.
     """
     if device.type != "cuda":
         return Card("CPU", host_limit() / 2**30, bf16=False, is_gpu=False)
@@ -119,7 +119,7 @@ def this_card(device: torch.device) -> Card:
 
 
 def like(name: str) -> Card | None:
-    """The card of this name, as people or CUDA write it.
+    """The card of this name, as users or CUDA write it.
 
     >>> like("NVIDIA A100-SXM4-40GB").name, like("NVIDIA GeForce RTX 4090 D")
     ('A100 40GB', None)
@@ -135,19 +135,19 @@ def _plain(name: str) -> str:
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """The bytes of host memory that are free, or can be made so, and that this process may take: a container has a
-    limit of its own, beyond which the system ends it. `root` is where the system's files begin.
+    """The bytes of host memory that this process can allocate: available in the system, and below the limit of its
+    container, at which the system would kill it. `root` is the root of the file system.
     """
     left = [limit - used for limit, used in _groups(root)]
     return max(min([psutil.virtual_memory().available, *left]), 0)
 
 
 def host_limit(root: Path = Path("/")) -> int:
-    """The bytes of host memory that there are, or that this process's container may take, if fewer."""
+    """The bytes of host memory of the machine, or the limit of this process's container, if lower."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _groups(root))])
 
 
-# by the version of control groups: where they lie, what they say of limit and use, and of the file cache in it
+# by version of control groups: mount points, files of limit and usage, and the key of the file cache in memory.stat
 VERSIONS = {
     1: (("sys/fs/cgroup/memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: (("sys/fs/cgroup", "sys/fs/cgroup/unified"), "memory.max", "memory.current", "inactive_file"),
@@ -155,18 +155,16 @@ VERSIONS = {
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """The limit of every control group around this process that has one, and what of it is in use and cannot be given
-    up, in bytes.
-    """
-    if not (said := root / "proc/self/cgroup").exists():
+    """The limit of each control group of this process and its usage without reclaimable cache, in bytes."""
+    if not (groups := root / "proc/self/cgroup").exists():
         return
-    for line in said.read_text().splitlines():  # number:controllers:/path, of which version 2 names no controllers
+    for line in groups.read_text().splitlines():  # number:controllers:/path; version 2 lists no controllers
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         mounts, most, current, cache = VERSIONS[1 if controllers else 2]
         place = PurePosixPath(path.lstrip("/"))
-        # a container that sees only its own group finds it at the top, whatever it is called outside
+        # a container sees only its own group, at the top, whatever its name outside
         for folder in (root / mount / group for mount in mounts for group in (place, *place.parents)):
             if (folder / most).exists() and (limit := (folder / most).read_text().strip()) != "max":
                 rows = (row.split() for row in (folder / "memory.stat").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Whether a run fits on a card, and how long it takes: told before any weight is loaded."""
+"""The plan of a run: whether it fits on a card, and how long it takes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +9,17 @@ from mot_lora.planning.need import STEP, Need, Part, TeacherPlan, Work, peak_of
 from mot_lora.records import DataRecord, Record
 from mot_lora.text import size
 
-SHORTEST = 512  # tokens; it is no use to train on less
+SHORTEST = 512  # tokens; a shorter max_length is not suggested
 SMALL_CHUNK = 256
 SMALL_RANK = 8
 
 
 class PlanRecord(Record):
-    """What a run needs, and whether it fits: bytes by part, and the most that is held at once beside what the card has.
+    """What a run needs, and whether it fits: bytes by part, and peak memory beside the card's capacity.
 
-    `tokens` has the longest trace that is planned for, `longest` the longest that fits, with these settings. `seconds`
-    are of all training, at half of what the card's maker says of it, and `losing` of all held-out losses; `answering`
-    of all answers, where each is as long as it may be. `change` has the settings with which it would fit, `remarks`
-    what is to be known of the data.
+    `tokens` is the longest trace of the plan, `longest` the longest that fits with these settings. `seconds` is the
+    time of all training at half the card's nominal speed, `losing` of all held-out losses, `answering` of all answers
+    if each has its maximum length. `change` lists settings with which the run would fit, `remarks` notes on the data.
     """
 
     student: str
@@ -48,11 +47,11 @@ def plan(
     work: Work | None = None,
     search: bool = True,
 ) -> PlanRecord:
-    """What a run needs of a card, from the shapes of its tensors alone.
+    """The plan of a run on a card, computed only from the shapes of its tensors.
 
-    architecture: the student's config.json; work: what the data has it do, of which each trace is taken to have
-    branch.max_length tokens where it is not known. One training step is run without data, see `footprint`. With
-    `search`, also the longest trace that fits, and what to change where it does not.
+    architecture: the student's config.json; work: lengths of traces and numbers of questions; a teacher without lengths
+    is planned with traces of branch.max_length tokens. One training step is run without data, see `footprint`. With
+    `search`, also find the longest trace that fits, and what to change if the run does not.
 
     Errors: UserError for a model that cannot be run without data.
 
@@ -88,8 +87,8 @@ def plan(
 
 
 def changes(config: Config, architecture: str, card: Card, tokens: int) -> tuple[str, ...]:
-    """The fewest settings with which a trace of so many tokens fits: first those that change nothing of what is learned
-    but its rounding, then a smaller rank, then a smaller max_length. Empty where nothing helps.
+    """The fewest settings with which a trace of `tokens` tokens fits: first those that change the result by rounding
+    only, then a smaller rank, then a smaller max_length. Empty if nothing helps.
     """
     b, e = config.branch, config.eval
     one_by_one = {"batch_size": 1, "gradient_accumulation": b.traces}
@@ -104,22 +103,22 @@ def changes(config: Config, architecture: str, card: Card, tokens: int) -> tuple
     ]
     wanted = [(section, update) for is_wanted, section, update in settings if is_wanted]
     rank = ("lora", {"r": SMALL_RANK})
-    for asked in (wanted, [*wanted, rank] if config.lora.r > SMALL_RANK else wanted):
-        if Need(_with(config, asked), architecture, card).fits(tokens):
-            return _told(_fewest(config, asked, architecture, card, tokens))
+    for tried in (wanted, [*wanted, rank] if config.lora.r > SMALL_RANK else wanted):
+        if Need(_with(config, tried), architecture, card).fits(tokens):
+            return _overrides(_fewest(config, tried, architecture, card, tokens))
     longest = Need(_with(config, wanted), architecture, card).longest()
     if longest < SHORTEST:
         return ()
-    return *_told(_fewest(config, wanted, architecture, card, longest)), f"branch.max_length={longest}"
+    return *_overrides(_fewest(config, wanted, architecture, card, longest)), f"branch.max_length={longest}"
 
 
-Setting = tuple[str, dict[str, Any]]  # a section of the config, or "" for its own settings, and some of them
+Setting = tuple[str, dict[str, Any]]  # a section of the config ("" for the top level), and values of its settings
 
 
 def _fewest(
     config: Config, settings: Sequence[Setting], architecture: str, card: Card, tokens: int
 ) -> Sequence[Setting]:
-    """Those without which so many tokens would not fit; the first are left out first."""
+    """The settings without which `tokens` tokens would not fit; the first are dropped first."""
     for setting in settings:
         less = [s for s in settings if s is not setting]
         if Need(_with(config, less), architecture, card).fits(tokens):
@@ -134,8 +133,8 @@ def _with(config: Config, settings: Sequence[Setting]) -> Config:
     return config
 
 
-def _told(settings: Sequence[Setting]) -> tuple[str, ...]:
-    """As the command line takes them."""
+def _overrides(settings: Sequence[Setting]) -> tuple[str, ...]:
+    """The settings as overrides on the command line."""
     return tuple(
         f"{f'{section}.' if section else ''}{key}={str(value).lower()}"
         for section, update in settings
@@ -144,8 +143,8 @@ def _told(settings: Sequence[Setting]) -> tuple[str, ...]:
 
 
 def refusal(record: PlanRecord, data: DataRecord, host: int) -> str:
-    """What to say of a run that does not fit on its card, or beside it into `host` free bytes: by whose trace, and what
-    to do. Empty for one that fits.
+    """The message for a run that does not fit on its card, or in `host` free bytes of host memory: which trace is too
+    long, and what to do. Empty for a run that fits.
     """
     needs = sum(p.bytes for p in record.parts if p.place == "host") if record.offload else 0
     if record.fits and needs <= host:
@@ -154,10 +153,11 @@ def refusal(record: PlanRecord, data: DataRecord, host: int) -> str:
     trace = f"teacher `{longest.teacher}`: {longest.longest_row} has {longest.longest_tokens} tokens; training"
     if record.fits:
         free = f"offloads {size(needs)} to host memory, of which {size(host)} are free"
-        return f"{trace} {free}; set branch.offload=off or a smaller branch.max_length, or go on with --force"
-    has = f"{record.card} has {size(record.capacity)} for it"
-    do = f"set {' '.join(record.change)}" if record.change else "take a smaller student, or a larger card"
-    enough = f"enough for {record.longest}" if record.longest else f"too little for any of {STEP}"
+        return f"{trace} {free}; set branch.offload=off or a smaller branch.max_length, or run anyway with --force"
+    has = f"{record.card} has {size(record.capacity)}"
+    do = f"set {' '.join(record.change)}" if record.change else "use a smaller student or a larger card"
+    enough = f"enough for {record.longest} tokens" if record.longest else f"too little even for {STEP} tokens"
     return (
-        f"{trace} {record.student} on that takes {size(record.peak)}, and {has}, {enough}; {do}, or go on with --force"
+        f"{trace} {record.student} on that takes {size(record.peak)}, and {has}, {enough}; {do}, or run anyway with "
+        "--force"
     )

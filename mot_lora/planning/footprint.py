@@ -1,7 +1,7 @@
-"""What a student and a training step take in memory: the step itself, run on tensors that hold no data.
+"""The memory of a student and of a training step: the step itself is run on tensors without data.
 
-On torch's meta device every operation gives shapes alone, so a model of any size is built and trained here in seconds,
-layer by layer as transformers and PEFT do it, while the bytes alive and the operations are counted.
+On torch's meta device operations compute only shapes, so a model of any size is built and trained here in seconds, as
+transformers and PEFT do it, while live bytes and operations are counted.
 """
 
 import math
@@ -39,13 +39,13 @@ from mot_lora.training.lora import one_product
 from mot_lora.training.loss import chunked_cross_entropy
 from mot_lora.training.offload import NEAR, is_worth_moving
 
-FEW = NEAR + 2  # layers, after which one more adds what every other one does
+FEW = NEAR + 2  # layers; beyond this every further one adds the same
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a student's weights take, in bytes: its linear layers, all else, and the adapter, in fp32. And numbers of
-    parameters: of the largest layer that is adapted, and in all.
+    """The bytes of a student's weights: linear layers, all others, and the adapter in fp32; and numbers of parameters:
+    of the largest adapted layer, and in total.
     """
 
     layers: int
@@ -57,9 +57,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Step:
-    """What one batch adds while it is trained on, in bytes: what the forward pass keeps, on the device and (with
-    offloading) in host memory, and beside that at most, while the loss and while the layers go backward; and its
-    floating-point operations.
+    """The memory of training on one batch, in bytes: what the forward pass saves, on the device and (offloaded) in host
+    memory, and the additional peaks of the loss and of the layers' backward pass; and its floating-point operations.
     """
 
     kept: int
@@ -70,16 +69,16 @@ class Step:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once beside weights, gradients and the optimizer's state."""
+        """The peak memory beside weights, gradients and optimizer state."""
         return self.kept + max(self.loss, self.layer)
 
 
 def student(
     config: PreTrainedConfig, quantization: str, lora: LoraConfig, dtype: torch.dtype, attention: Attention
 ) -> Any:
-    """The student with its adapter, without data: what `student.load_model` and `adapter.add_adapter` make.
+    """The student with its adapter, without data, as `student.load_model` and `adapter.add_adapter` make it.
 
-    Errors: UserError as `add_adapter`; ValueError for a model that transformers does not know.
+    Errors: UserError as in `add_adapter`; ValueError for a model that transformers does not know.
 
     >>> model = student(Qwen3Config(), "nf4", LoraConfig(), torch.bfloat16, "cuda")  # doctest: +SKIP
     """
@@ -102,7 +101,7 @@ def student(
 
 
 def weights(model: Any) -> Weights:
-    """What the parameters of a student without data take."""
+    """The memory of the parameters of a student without data."""
     layers = others = adapter = parameters = 0
     inner = set[int]()  # the linear layers' weights
     for module in model.modules():
@@ -115,7 +114,7 @@ def weights(model: Any) -> Weights:
         if (weight := layer.get_base_layer().weight) is not None and id(weight) not in inner:
             layers, parameters = layers + weight.nbytes, parameters + weight.numel()
             inner.add(id(weight))
-    for parameter in model.parameters():  # each once, also where two are tied
+    for parameter in model.parameters():  # tied parameters count once
         if parameter.requires_grad:
             adapter += 4 * parameter.numel()
         elif id(parameter) not in inner:
@@ -126,10 +125,9 @@ def weights(model: Any) -> Weights:
 def step(
     model: Any, batch: int, tokens: int, settings: BranchConfig, offload: bool = False, liger: bool = False
 ) -> Step:
-    """What training on a batch of [batch, tokens] adds to the weights, all its tokens with loss.
+    """The memory and operations of training on a batch of [batch, tokens], all of them trained.
 
-    Where a model's layers are all alike it is run with a few of them and with one more, and the rest is that
-    difference.
+    If all layers are alike, the model is run with a few of them and with one more, and extrapolated.
 
     >>> step(model, 1, 32768, BranchConfig(), offload=True).kept  # doctest: +SKIP
     """
@@ -153,8 +151,8 @@ def step(
 
 @dataclass(frozen=True)
 class Pass:
-    """What is computed without gradients: the bytes that it adds at most, of which `cache` are keys and values of so
-    many rows, and its floating-point operations.
+    """A computation without gradients: its peak bytes, of which `cache` are the keys and values of `rows` rows, and its
+    floating-point operations.
     """
 
     bytes: int
@@ -164,7 +162,7 @@ class Pass:
 
 
 def measure(model: Any, batch: int, tokens: int, chunk: int) -> Pass:
-    """The loss of [batch, tokens], all of them with loss, logits in chunks of so many tokens."""
+    """The loss of a batch of [batch, tokens], all of them trained, with logits of `chunk` tokens at a time."""
     base = model.get_base_model().eval()
 
     def take() -> tuple[float, ...]:
@@ -178,9 +176,9 @@ def measure(model: Any, batch: int, tokens: int, chunk: int) -> Pass:
 
 
 def answer(model: Any, rows: int, prompt: int, how: Decoding, read: int) -> Pass:
-    """So many answers at work, each to a prompt of `prompt` tokens and as long as may be, as `decode` writes them:
-    reading prompts, so many tokens at once, or the last token with the keys and values of all others. The operations
-    are the last token's.
+    """Decoding `rows` answers of maximum length to prompts of `prompt` tokens, as `decode` does.
+
+    The bytes are the peak of reading prompts, `read` tokens at once, or of the last step; the operations the last step's.
     """
     base, together = model.get_base_model().eval(), min(rows, max(read // prompt, 1))
 
@@ -205,7 +203,7 @@ def answer(model: Any, rows: int, prompt: int, how: Decoding, read: int) -> Pass
 
 
 def _extended(model: Any, take: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-    """The numbers that `take` finds, of all layers; where these are alike, found with two and three."""
+    """The numbers that `take` returns for all layers; extrapolated from two and three layers if all are alike."""
     layers, alike = _layers(model)
     if not alike or len(layers) <= 3:
         return take()
@@ -217,8 +215,8 @@ def _extended(model: Any, take: Callable[[], tuple[float, ...]]) -> tuple[float,
 
 
 class Live(TorchDispatchMode):
-    """Counts, while it is on, the bytes of the tensors that are alive, their most, and floating-point operations;
-    not what was there before.
+    """Counts the bytes of live tensors, their peak, and floating-point operations while it is active; tensors in `there`
+    do not count.
     """
 
     def __init__(self, there: Iterable[Tensor] = ()) -> None:
@@ -262,7 +260,7 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
         warnings.simplefilter("ignore")
         stack.enter_context(torch.device("meta"))
         stack.enter_context(one_product(model))
-        if any(m.p for m in model.modules() if isinstance(m, nn.Dropout)):  # a layer of PEFT's
+        if any(m.p for m in model.modules() if isinstance(m, nn.Dropout)):  # then PEFT's own forward is used
             stack.enter_context(_autocast(model))
         stack.enter_context(as_released(_modeling(base.config)))
         stack.enter_context(fused_without_data(base) if liger else nullcontext())
@@ -294,13 +292,13 @@ def _step(model: Any, batch: int, tokens: int, settings: BranchConfig, offload: 
 
 def _forward(base: Any, batch: int, tokens: int, cache: Any = None) -> Any:
     ids = torch.empty(batch, tokens, dtype=torch.int64)
-    # a mask of four dimensions is taken as it is, and no attention here looks at it
+    # transformers uses a four-dimensional mask as it is, and the attention here ignores it
     mask = torch.empty(1, 1, 1, 1)
     return base.base_model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, past_key_values=cache)
 
 
 def _trained(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """As `trained_tokens`, where all are."""
+    """Like `trained_tokens`, with all tokens trained."""
     every = torch.empty(hidden.shape[0] * (hidden.shape[1] - 1), dtype=torch.int64)
     return hidden[:, :-1].flatten(0, 1).index_select(0, every), every
 
@@ -314,7 +312,7 @@ def _measuring(model: Any) -> Generator[Live]:
 
 @contextmanager
 def _autocast(model: Any) -> Generator[None]:
-    """With the adapter in what PEFT's layers compute with: in the student's format, as autocast makes it."""
+    """Within the block the adapter is in the student's dtype, as autocast computes it."""
     adapter = [(p, p.data) for p in model.parameters() if p.requires_grad]
     for parameter, data in adapter:
         parameter.data = data.to(model.dtype)
@@ -326,7 +324,7 @@ def _autocast(model: Any) -> Generator[None]:
 
 
 def _pack(layer: Linear4bit, dtype: torch.dtype) -> None:
-    """Give a layer the shapes that quantizing it gives: 4 bits an entry, 8 a block of 64, 32 a block of 256 blocks."""
+    """Give a layer the shapes of NF4: 4 bits an entry, 8 bits a block of 64 entries, 32 bits a block of 256 blocks."""
     count, shape = layer.weight.numel(), layer.weight.shape
     blocks = math.ceil(count / 64)
     inner = QuantState(torch.empty(math.ceil(blocks / 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
@@ -351,12 +349,12 @@ def _pack(layer: Linear4bit, dtype: torch.dtype) -> None:
 
 
 def _modeling(config: Any) -> ModuleType:
-    """The module of transformers that has a config's model."""
+    """The module of transformers that defines a config's model."""
     return sys.modules[AutoModelForCausalLM._model_mapping[type(config)].__module__]
 
 
 def _held(model: Any) -> Generator[Tensor]:
-    """Every tensor that is there before a step."""
+    """Every tensor that exists before a step."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield from _tensors(tensor)
         if tensor.grad is not None:
@@ -364,7 +362,7 @@ def _held(model: Any) -> Generator[Tensor]:
 
 
 def _tensors(weight: Any) -> list[Tensor]:
-    """All that a layer's weight has: its entries, and what they are scaled by."""
+    """The tensors of a layer's weight: its entries and its scales."""
     if (state := getattr(weight, "quant_state", None)) is not None:
         return [weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     scales = getattr(weight, "SCB", None)
@@ -385,7 +383,7 @@ def _layers(model: Any) -> tuple[nn.ModuleList, bool]:
 
 @contextmanager
 def _first(model: Any, layers: nn.ModuleList, count: int) -> Generator[None]:
-    """The model with its first layers alone."""
+    """Within the block the model has only its first `count` layers."""
     decoder = model.get_base_model().base_model
     decoder.layers = layers[:count]
     try:
@@ -399,8 +397,8 @@ Moved = tuple[torch.Size, torch.dtype]
 
 @contextmanager
 def _offload(moved: list[Moved], dtype: torch.dtype) -> Generator[None]:
-    """Layers' inputs out of the device's memory and back, as `Offload` does it: NEAR of them leave at once, and while
-    one is used the next is on its way. `moved` is told what they are.
+    """Layers' inputs are offloaded as `Offload` does it: NEAR of them are in copy to the host at once, and one is
+    prefetched. Their shapes and dtypes are appended to `moved`.
     """
     leaving: deque[Tensor] = deque(maxlen=NEAR)
     coming: dict[int, Tensor] = {}

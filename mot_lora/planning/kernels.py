@@ -1,4 +1,4 @@
-"""Kernels without data: what attention, quantized products and Liger's operations keep and take, by shapes alone."""
+"""Kernels without data: the memory of attention, quantized products and Liger's operations, computed from shapes."""
 
 import importlib.util
 import sys
@@ -17,12 +17,12 @@ from transformers.integrations.sdpa_attention import repeat_kv
 # --- attention -----------------------------------------------------------------------------------
 
 Attention = Literal["cuda", "repeated", "cpu"]
-"""By which kernel attention is computed, none of which makes a matrix of scores: FlashAttention-2; before Ampere the
-memory-efficient one, which has keys and values once for each head; or the CPU's."""
+"""The kernel of attention, always one without a score matrix: `cuda` is FlashAttention-2, `repeated` the
+memory-efficient one before Ampere, with keys and values repeated for each head, `cpu` the CPU's."""
 
 
 def register_attention(kind: Attention) -> str:
-    """The name under which transformers knows attention that is computed so, and has no data."""
+    """Register attention of this kind, without data, with transformers; return its name."""
     name = f"planned_{kind}"
     AttentionInterface.register(name, partial(_attention, kind=kind))
     AttentionMaskInterface.register(name, lambda *_, **__: None)
@@ -37,7 +37,7 @@ def _attention(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, *__: Any, kind: At
 
 @torch.library.custom_op("mot_lora::attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError  # it has shapes alone
+    raise NotImplementedError  # only shapes are computed
 
 
 @_attend.register_fake
@@ -53,7 +53,7 @@ def _attend_backward(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor
 @_attend_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     scratch: list[Tensor] = []
-    if kind != "cpu":  # q's gradient is summed in fp32, by blocks, and those of shared keys and values once a head
+    if kind != "cpu":  # q's gradient accumulates in fp32, in blocks; those of shared keys and values are per head
         batch, heads, tokens, width = q.shape
         block, wide = (128, _up(width, 32 if width <= 128 else 64)) if kind == "cuda" else (64, width)
         scratch = [q.new_empty(batch, heads, _up(tokens, block), wide + 1, dtype=torch.float32)]
@@ -68,7 +68,7 @@ def _up(count: int, unit: int) -> int:
 @register_flop_formula(torch.ops.mot_lora.attention)
 def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
     batch, heads, tokens, width = q
-    seen = tokens if tokens == k[2] else 2 * k[2]  # half of each of the two products is masked, but for a last token
+    seen = tokens if tokens == k[2] else 2 * k[2]  # half of both products is masked, except when decoding
     return 2 * batch * heads * tokens * seen * width
 
 
@@ -95,18 +95,18 @@ class _Attention(torch.autograd.Function):
 
 
 def _product_4bit(x: Tensor, codes: Tensor, shape: Any, absmax: Tensor, block: int, kind: str, *rest: Any) -> Tensor:
-    """What a Linear4bit does with many tokens: its weight in x's format, and one product."""
+    """A Linear4bit with many tokens: it dequantizes its weight to x's dtype, then takes one product."""
     ops: Any = torch.ops.bitsandbytes
     bias, quantized, code, offset = rest
     scales = ops.dequantize_blockwise(quantized, absmax, code, 256, torch.float32) + offset
     weight = ops.dequantize_4bit(codes, scales, block, kind, shape, x.dtype)
-    flat = torch.mm(x.flatten(0, -2), weight.t())  # what `linear` would be here, but counted
+    flat = torch.mm(x.flatten(0, -2), weight.t())  # as `linear`, whose operations are not counted here
     return (flat if bias is None else flat.add_(bias)).unflatten(0, x.shape[:-1])
 
 
 def _quantize_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a Linear8bitLt does with its input; no entry stands out here."""
-    outliers = x.abs() >= threshold  # held until the rows are there
+    """How a Linear8bitLt quantizes its input, without outliers."""
+    outliers = x.abs() >= threshold  # held until the rows exist
     rows = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
     del outliers
     return *rows, x.new_empty(0) if threshold else None
@@ -115,7 +115,7 @@ def _quantize_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, T
 def _product_8bit(
     x: Tensor, rows: Tensor, codes: Tensor, _rows: Tensor, _columns: Tensor, _outliers: Any = None, bias: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Sums of int8 products, these scaled in fp16, and then in x's format."""
+    """Sums of int8 products, scaled in fp16, then converted to x's dtype."""
     sums = _multiply(rows, codes)
     scaled = torch.empty_like(sums, dtype=torch.float16)
     if bias is not None:
@@ -138,7 +138,7 @@ def _product_flops(rows: Any, codes: Any, *_: Any, **__: Any) -> int:
     return 2 * rows[0] * rows[1] * codes[0]
 
 
-# bitsandbytes' operations as its CUDA library has them
+# bitsandbytes' operations, as its CUDA library computes them
 PRODUCTS: Mapping[str, Callable[..., Any]] = {
     "bitsandbytes::gemm_4bit": _product_4bit,
     "bitsandbytes::int8_vectorwise_quant": _quantize_rows,
@@ -154,7 +154,7 @@ LIGER = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 @contextmanager
 def fused_without_data(base: Any) -> Generator[None]:
-    """Within it a planned model computes as Liger's kernels would (liger-kernel 0.8.5), as far as memory goes."""
+    """Within the block a planned model takes the memory that it would with Liger's kernels (liger-kernel 0.8.5)."""
     if base.config.model_type not in LIGER:
         yield
         return
@@ -180,7 +180,7 @@ def _gated(mlp: Any, x: Tensor) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps its input and a number a row; the gradient is written over the one that it is given."""
+    """Saves its input and one number a row; the gradient overwrites the upstream one."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
-    """Writes over what it is given, forward and backward, and keeps the angles alone."""
+    """Overwrites its inputs, forward and backward, and saves only the angles."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
@@ -213,7 +213,7 @@ def _by_token(x: Tensor) -> Tensor:
 
 
 class _Gate(torch.autograd.Function):
-    """silu(a) b: keeps both, and writes their gradients over them."""
+    """silu(a) b: saves both, and overwrites them with their gradients."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -226,23 +226,23 @@ class _Gate(torch.autograd.Function):
         return tuple(x.view_as(x) for x in ctx.saved_tensors)
 
 
-# --- what others changed -------------------------------------------------------------------------
+# --- undoing patches -----------------------------------------------------------------------------
 
 
 @contextmanager
 def as_released(modeling: ModuleType) -> Generator[None]:
-    """Within it the names in a module of transformers are what its source says, whatever was put in their places.
+    """Within the block a module of transformers has its original classes and functions, without patches.
 
-    Liger and others replace classes and functions there for the whole process, by ones that need a GPU.
+    Liger and others replace them for the whole process with versions that need a GPU.
     """
     spec = importlib.util.find_spec(modeling.__name__)
     assert spec is not None
     assert spec.loader is not None
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
-    said = {name: value for name, value in vars(fresh).items() if _made_in(value) == modeling.__name__}
-    changed = {name: value for name, value in vars(modeling).items() if name in said and _is_other(value, said[name])}
-    vars(modeling).update({name: said[name] for name in changed})
+    own = {name: value for name, value in vars(fresh).items() if _made_in(value) == modeling.__name__}
+    changed = {name: value for name, value in vars(modeling).items() if name in own and _is_other(value, own[name])}
+    vars(modeling).update({name: own[name] for name in changed})
     try:
         yield
     finally:
@@ -253,5 +253,5 @@ def _made_in(value: object) -> str | None:
     return getattr(value, "__module__", None)
 
 
-def _is_other(value: object, said: object) -> bool:
-    return any(getattr(value, key, None) != getattr(said, key, None) for key in ("__module__", "__qualname__"))
+def _is_other(value: object, own: object) -> bool:
+    return any(getattr(value, key, None) != getattr(own, key, None) for key in ("__module__", "__qualname__"))

@@ -1,4 +1,4 @@
-"""What this machine is, and what would stop a run on it."""
+"""The machine: its versions, GPUs, memory and disk, and what would stop a run on it."""
 
 import os
 import platform
@@ -17,13 +17,13 @@ from mot_lora.training.driver import driver_version, why_unused
 
 PACKAGES = ("mot-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 OPTIONAL = ("triton", "liger-kernel", "flash-attn", "lm-eval")
-LITTLE_MEMORY = 8 * 2**30  # bytes of the machine that loading, the fold and offloading should find
+LITTLE_MEMORY = 8 * 2**30  # bytes of host memory that loading, folding and offloading need
 LITTLE_CACHE = 20 * 2**30  # bytes of disk; an 8B checkpoint takes 16 GiB
 LITTLE_DISK = 2**28  # bytes; a branch of an 8B student takes some 180 MB
 
 
 class GpuRecord(Record):
-    """A GPU as torch sees it: bytes of memory, and whether it computes in bf16 itself."""
+    """A GPU as torch sees it: bytes of memory, and whether it has native bf16."""
 
     name: str
     free: int
@@ -33,9 +33,9 @@ class GpuRecord(Record):
 
 
 class MachineRecord(Record):
-    """What this machine is. Memory and disk in bytes; `cuda` is torch's, None for a build without.
+    """The machine. Memory and disk are in bytes; `cuda` is torch's version of CUDA, None for a build without.
 
-    `host_limit` is the machine's memory, or its container's; `broken` what CUDA says where it does not start.
+    `host_limit` is the memory of the machine or of its container; `broken` is CUDA's error if it does not start.
     """
 
     system: str
@@ -52,13 +52,13 @@ class MachineRecord(Record):
 
     @property
     def stops(self) -> list[str]:
-        """What would stop a run, or keep it from the GPU that is there; each with what to do."""
+        """What would stop a run or keep it from using the GPU, each with what to do."""
         out = [f"{p} is not installed: pip install {p}" for p in PACKAGES[1:] if self.versions.get(p) is None]
         if self.broken:
-            out.append(f"CUDA does not start ({self.broken}): see nvidia-smi")
+            out.append(f"CUDA does not start ({self.broken}): check nvidia-smi")
         elif not self.gpus and self.driver and self.cuda is None:
             how = "install torch for CUDA, see https://pytorch.org/get-started"
-            out.append(f"torch is a build without CUDA, and there is a GPU (driver {self.driver}): {how}")
+            out.append(f"torch is built without CUDA, but there is a GPU (driver {self.driver}): {how}")
         elif not self.gpus and not self.hidden and (why := why_unused(self.driver, self.cuda)):
             out.append(why)
         if self.gpus and not self.bitsandbytes_cuda:
@@ -66,15 +66,15 @@ class MachineRecord(Record):
             out.append(f"bitsandbytes has no library for CUDA {self.cuda}, which nf4 and int8 need: {update}")
         here, free = next(iter(self.disk.items()))
         if free < LITTLE_DISK:
-            out.append(f"{here} has {size(free)} left on its disk: free some, or set `output` elsewhere")
+            out.append(f"{here} has {size(free)} free on its disk: free more, or set `output` to another disk")
         return out
 
     @property
     def remarks(self) -> list[str]:
-        """What a run should be planned with."""
+        """What to know when planning a run."""
         out = [f"{g.name} has no bf16: it computes in fp16" for g in self.gpus if not g.bf16]
         out += [
-            f"others use {size(g.total - g.free)} of the {size(g.total)} of {g.name}: end them for longer traces"
+            f"other programs use {size(g.total - g.free)} of {size(g.total)} of {g.name}: stop them for longer traces"
             for g in self.gpus
             if g.free < 0.8 * g.total
         ]
@@ -84,17 +84,20 @@ class MachineRecord(Record):
             out.append("there is no GPU: a run computes on the CPU, in fp32")
         if self.host_free < LITTLE_MEMORY:
             out.append(
-                f"{size(self.host_free)} of {size(self.host_limit)} of the machine's memory are free: an 8B student "
-                f"wants {size(LITTLE_MEMORY)}, and offloading more"
+                f"{size(self.host_free)} of {size(self.host_limit)} of host memory are free: an 8B student needs "
+                f"{size(LITTLE_MEMORY)}, and offloading more"
             )
         cache, free = list(self.disk.items())[-1]
         if free < LITTLE_CACHE:
-            out.append(f"{cache} has {size(free)} left on its disk, and a checkpoint of 8B takes 16 GiB: set HF_HOME")
+            out.append(
+                f"{cache} has {size(free)} free on its disk, and an 8B checkpoint takes 16 GiB: "
+                "set HF_HOME to another disk"
+            )
         return out
 
 
 def doctor(root: Path = Path("/")) -> MachineRecord:
-    """Look at this machine. `root` is where the system's files begin.
+    """Examine this machine. `root` is the root of the file system.
 
     >>> doctor().stops  # doctest: +SKIP
     ['the NVIDIA driver 535.104.05 cannot run torch's CUDA 13.0: update it to 580 or newer']
@@ -118,7 +121,7 @@ def doctor(root: Path = Path("/")) -> MachineRecord:
 def _gpus() -> tuple[tuple[GpuRecord, ...], str | None]:
     """The GPUs that torch can use; or why CUDA does not start."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a driver that is too old, which is told
+        warnings.simplefilter("ignore", UserWarning)  # about a driver that is too old, which `stops` reports
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         return tuple(map(_gpu, range(count))), None
@@ -144,7 +147,7 @@ def _bitsandbytes_cuda() -> bool:
         from bitsandbytes.cextension import lib
     except Exception:  # whatever a broken installation raises
         return False
-    return bool(getattr(type(lib), "compiled_with_cuda", False))  # an instance answers to every name
+    return bool(getattr(type(lib), "compiled_with_cuda", False))  # of the class: an instance has every attribute
 
 
 def _version(package: str) -> str | None:

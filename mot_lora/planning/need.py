@@ -1,4 +1,4 @@
-"""What a config needs of a card, for traces of any length: memory by part, and operations."""
+"""The memory and time that a config needs on a card, for traces of any length."""
 
 import json
 import math
@@ -24,12 +24,12 @@ from mot_lora.training.liger import uses_liger
 from mot_lora.training.offload import SLAB, kept_bytes, offloads
 from mot_lora.training.student import AHEAD
 
-EFFICIENCY = 0.5  # of a card's TFLOP/s; what training a quantized 8B student on one was seen to reach by others is more
-LAUNCHES = 0.03 / 36  # seconds that a layer's kernels take to start: a token of an 8B student takes some 30 ms for them
+EFFICIENCY = 0.5  # of a card's TFLOP/s; conservative: others report more for training a quantized 8B student
+LAUNCHES = 0.03 / 36  # seconds to launch a layer's kernels: some 30 ms a token for the 36 layers of an 8B student
 PROGRAM = 2**30  # bytes of host memory that Python and torch take
-PROMPT = 256  # tokens of a question, where answers are planned
-STEP = 64  # tokens; the longest trace is told in these
-# copies of a layer in fp32 that folding a merge by a method holds on a GPU; of others as many as the most
+PROMPT = 256  # tokens assumed for a question
+STEP = 64  # tokens; the longest trace is rounded down to a multiple
+# fp32 copies of a layer that folding holds on a GPU, by method; other methods count as the largest
 FOLDED = {"linear": 5, "dare_linear": 8.5, "ties": 11.2, "dare_ties": 12.5, "sce": 12.5, "della": 15.5}
 
 
@@ -38,11 +38,11 @@ class UnplannableError(UserError):
 
 
 Phase = Literal["always", "training", "loss", "layers", "folding", "measuring", "losses", "answering"]
-"""What is done meanwhile: the loss and the layers are parts of training, held-out losses and answers of measuring."""
+"""When memory is held: `loss` and `layers` are parts of training, `losses` and `answering` of measuring."""
 
 
 class Part(Record):
-    """Something that takes memory: where, while what is done, and how many bytes."""
+    """Something that takes memory: its bytes, place and phase."""
 
     name: str
     bytes: int
@@ -51,9 +51,9 @@ class Part(Record):
 
 
 class TeacherPlan(Record):
-    """What one teacher's branch has to do in a round; seconds are None where the card's rate is not known.
+    """The training of one teacher's branch in a round; `seconds` is None if the card's speed is not known.
 
-    Tokens count a trace as often as it is trained on. `traces` is 0 where they could not be read, and each was taken to
+    `tokens` counts a trace each time it is trained on. `traces` is 0 if they could not be read; then each is assumed to
     have `longest` tokens.
     """
 
@@ -66,7 +66,7 @@ class TeacherPlan(Record):
 
 
 def peak_of(parts: Sequence[Part]) -> int:
-    """The most that is held on the card at once.
+    """The peak memory on the card, in bytes.
 
     >>> peak_of([Part(name="weights", bytes=5), Part(name="kept", bytes=2, phase="training")])
     7
@@ -81,8 +81,8 @@ def peak_of(parts: Sequence[Part]) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to do, as far as it is known: the tokens of each teacher's traces and of those held out, and how
-    many questions are asked: to report on, to find weights by, of each set that must not be forgotten, and at last.
+    """The work of a run, as far as it is known: the lengths of each teacher's traces and of those held out, in tokens,
+    and the numbers of questions of `eval.data`, `eval.validation`, each set of `eval.forgetting`, and `eval.final`.
     """
 
     lengths: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
@@ -94,7 +94,7 @@ class Work:
 
     @staticmethod
     def of(data: Data) -> "Work":
-        """What the data of a run has it do."""
+        """The work that follows from a run's data."""
         held = [len(e) for examples in data.held_out.values() for e in examples]
         sets = [len(questions) for questions in data.forgetting.values()]
         return Work(data.lengths, held, len(data.questions), len(data.validation), sets, len(data.final))
@@ -102,7 +102,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Need:
-    """What a config needs of a card, for traces of any length."""
+    """The memory and time that a config needs on a card, for traces of any length."""
 
     config: Config
     architecture: str
@@ -116,17 +116,17 @@ class Need:
 
     @property
     def liger(self) -> bool:
-        """Whether training takes Liger's kernels; those that are asked for need not be on this machine."""
-        asked = self.config.branch.liger
-        return self.card.is_gpu and (asked == "on" or uses_liger(asked, is_gpu=True))
+        """Whether training uses Liger's kernels; with `on` they need not be installed on this machine."""
+        setting = self.config.branch.liger
+        return self.card.is_gpu and (setting == "on" or uses_liger(setting, is_gpu=True))
 
     def offload(self, tokens: int) -> bool:
-        """Whether layers' inputs are moved to host memory."""
+        """Whether layers' inputs are offloaded to host memory."""
         batch = math.prod(self.config.branch.largest(tokens))
         return offloads(self.config.branch, self.student.kept(batch), self.card.bytes if self.card.is_gpu else 0)
 
     def step(self, tokens: int) -> Step:
-        """The largest batch that is computed at once, where the longest trace has so many tokens."""
+        """The largest batch of a step whose longest trace has `tokens` tokens."""
         return self._step(*self.config.branch.largest(tokens), self.offload(tokens))
 
     def _step(self, batch: int, tokens: int, offload: bool) -> Step:
@@ -134,7 +134,7 @@ class Need:
         return self.student.step(batch, tokens, b.loss_chunk, b.activation_checkpointing, offload, self.liger)
 
     def parts(self, tokens: int) -> list[Part]:
-        """What takes memory, where the longest trace has so many tokens."""
+        """What takes memory if the longest trace has `tokens` tokens."""
         c, w, s = self.config, self.student.weights(), self.step(tokens)
         adapters = c.rounds * len(c.teachers) * w.adapter
         parts = [
@@ -154,7 +154,7 @@ class Need:
             ),
             Part(name="fold of one layer", bytes=int(4 * self.copies * w.largest), phase="folding"),
         ]
-        if c.lora.dropout and self.card.is_gpu:  # autocast keeps what it made of it until a batch's end
+        if c.lora.dropout and self.card.is_gpu:  # autocast keeps its 16-bit copy until the end of a batch
             parts.append(Part(name="adapter in 16 bits", bytes=w.adapter // 2, phase="training"))
         if c.eval.holdout or c.eval.traces:
             batch = max(tokens, min(c.eval.batch_size * tokens, loss_tokens(c.branch, tokens)))
@@ -173,38 +173,38 @@ class Need:
             if self.card.is_gpu
             else Part(name="Python and torch", bytes=PROGRAM),
             Part(name="inputs of layers, offloaded", bytes=-(-s.host // SLAB) * SLAB, place="host"),
-            Part(name="weights read ahead", bytes=(AHEAD + 1) * 2 * w.largest, place="host"),
+            Part(name="prefetched weights", bytes=(AHEAD + 1) * 2 * w.largest, place="host"),
             Part(name="the student's checkpoint, in bf16", bytes=2 * w.parameters, place="disk"),
             Part(name="adapters of all rounds", bytes=adapters, place="disk"),
-            Part(name="states to go on from", bytes=2 * 3 * w.adapter, place="disk"),
+            Part(name="states to resume from", bytes=2 * 3 * w.adapter, place="disk"),
         ]
         return [p for p in parts if p.bytes]
 
     @property
     def copies(self) -> float:
-        """Of a layer in fp32, while it is folded and the signs of all teachers' updates are compared, one byte each."""
+        """The fp32 copies of a layer held while it is folded and the teachers' signs, one byte each, are compared."""
         measured = 4.75 + len(self.config.teachers) / 4
-        on_cpu = 0 if self.card.is_gpu else 6  # what is read ahead lies there too
+        on_cpu = 0 if self.card.is_gpu else 6  # prefetched weights are in the same memory
         return max(FOLDED.get(self.config.merge.method, max(FOLDED.values())), measured, on_cpu)
 
     def _answer(self, e: EvalConfig, tokens: int) -> Pass:
-        """As many answers as are written at once, where the longest trace has so many tokens."""
+        """A batch of answers, if the longest trace has `tokens` tokens."""
         how = Decoding(e.max_new_tokens, frozenset(), e.temperature, e.top_p)
-        if not (self.config.eval.holdout or self.config.eval.traces):  # then the settings alone bound what is read
+        if not (self.config.eval.holdout or self.config.eval.traces):  # then only max_length bounds the batch
             tokens = self.config.branch.max_length
         return self.student.answer(e.batch_size * e.samples, how, loss_tokens(self.config.branch, tokens))
 
     def peak(self, tokens: int) -> int:
-        """The most that is held on the card, in bytes."""
+        """The peak memory on the card, in bytes."""
         return peak_of(self.parts(tokens))
 
     def fits(self, tokens: int) -> bool:
-        """Whether traces of so many tokens fit."""
+        """Whether traces of `tokens` tokens fit."""
         return self.peak(tokens) <= self.card.bytes
 
     def longest(self) -> int:
-        """The longest trace that fits, to 2 %, and at most what the student reads; 0 if none does."""
-        if self.config.branch.offload == "auto" and self.card.is_gpu:  # where it begins, longer traces take less
+        """The longest trace that fits, to within 2 %, and at most the student's context length; 0 if none fits."""
+        if self.config.branch.offload == "auto" and self.card.is_gpu:  # memory drops where offloading starts
             moves, stays = (replace(self, config=_offloading(self.config, how)) for how in ("on", "off"))
             longest = moves.longest()
             return longest if self.offload(longest) else stays.longest()
@@ -216,13 +216,13 @@ class Need:
         if not low:
             return 0
         while high - low > max(STEP, low // 50):
-            share = (self.card.bytes - self.peak(low)) / (self.peak(high) - self.peak(low))  # nearly a line
+            share = (self.card.bytes - self.peak(low)) / (self.peak(high) - self.peak(low))  # memory is nearly linear
             middle = low + int(min(max(share, 0.1), 0.9) * (high - low))
             low, high = (middle, high) if self.fits(middle) else (low, middle)
         return low // STEP * STEP
 
     def teacher(self, name: str, lengths: Sequence[int], most: int) -> TeacherPlan:
-        """What one teacher's branch has to do in a round, where the longest trace of all has `most` tokens."""
+        """The training of one teacher's branch in a round, if the longest trace of all has `most` tokens."""
         b = self.config.branch
         steps = b.steps or math.ceil((b.epochs or 1) * math.ceil(len(lengths) / b.traces))
         seen = lengths or [b.max_length]
@@ -237,13 +237,13 @@ class Need:
         )
 
     def measurements(self) -> tuple[int, int]:
-        """How often a student is measured without an adapter, and with one."""
+        """The numbers of evaluations without an adapter and with one."""
         c = self.config
         return 1 + c.rounds, c.rounds * len(c.teachers) * c.eval.each_branch
 
     def answering(self, work: Work) -> float | None:
-        """Seconds of all the run's answers, where each has max_new_tokens: the next tokens of those at work take what
-        reading every weight, and keys and values, once takes, or what starting the kernels does.
+        """Seconds of all the run's answers, if each has max_new_tokens: a decoding step takes as long as reading all
+        weights, keys and values once, or as launching the kernels, whichever is longer.
         """
         c, rate, w = self.config, self.card.gbps, self.student.weights()
         e, (alone, adapted) = c.eval, self.measurements()
@@ -270,7 +270,7 @@ class Need:
         return sum(self.measurements()) * flops / (self.card.tflops * 1e12 * EFFICIENCY)
 
     def seconds(self, lengths: Sequence[int], most: int, times: float) -> float | None:
-        """What training so often on each trace takes, where the longest trace of all has `most` tokens."""
+        """Seconds of training `times` times on each trace, if the longest trace of all has `most` tokens."""
         if self.card.tflops is None:
             return None
         flops = _along(lengths, lambda n: self._step(1, n, self.offload(n)).flops, most)
@@ -278,7 +278,7 @@ class Need:
 
 
 def _along(lengths: Sequence[int], flops: Callable[[int], float], most: int | None = None) -> float:
-    """The sum over all lengths of a n + b n^2 operations, as counted at the length `most` and at half of it."""
+    """The sum over all lengths n of a n + b n^2 operations, with a and b from the counts at `most` and half of it."""
     n = max((most or max(lengths)) // 2, 2)
     half, whole = flops(n), flops(2 * n)
     square = (whole - 2 * half) / (2 * n**2)
@@ -287,7 +287,7 @@ def _along(lengths: Sequence[int], flops: Callable[[int], float], most: int | No
 
 @dataclass(frozen=True)
 class Student:
-    """A student that is asked about: everything that the shapes of its tensors depend on. Answers are kept."""
+    """A student to plan for: everything that the shapes of its tensors depend on. Results are cached."""
 
     architecture: str
     quantization: str
@@ -301,11 +301,11 @@ class Student:
 
     @property
     def limit(self) -> int:
-        """The most tokens that it reads."""
+        """The context length, in tokens."""
         return getattr(self.config, "max_position_embeddings", None) or 2**20
 
     def kept(self, tokens: int) -> int:
-        """The inputs of all its layers, for so many tokens."""
+        """The bytes of the inputs of all its layers, for `tokens` tokens."""
         c = self.config
         return kept_bytes(c.num_hidden_layers, tokens, c.hidden_size, self.dtype.itemsize)
 
@@ -328,11 +328,11 @@ def _offloading(config: Config, how: Literal["on", "off"]) -> Config:
 
 @lru_cache(maxsize=16)
 def _config(architecture: str) -> Any:
-    said: dict[str, Any] = json.loads(architecture)
+    config: dict[str, Any] = json.loads(architecture)
     try:
-        return AutoConfig.for_model(**said).get_text_config()
+        return AutoConfig.for_model(**config).get_text_config()
     except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UnplannableError(f"transformers does not know `{said.get('model_type')}` ({e})") from e
+        raise UnplannableError(f"transformers does not know `{config.get('model_type')}` ({e})") from e
 
 
 @lru_cache(maxsize=4)

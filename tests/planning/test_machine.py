@@ -41,7 +41,7 @@ def test_a_good_machine_has_nothing_to_be_told() -> None:
         ({"gpus": (), "driver": "535.104.05"}, "driver 535.104.05 cannot run torch's CUDA 13.0: update it to 580"),
         (
             {"gpus": (), "cuda": None},
-            "torch is a build without CUDA, and there is a GPU (driver 580.65.06): install torch",
+            "torch is built without CUDA, but there is a GPU (driver 580.65.06): install torch",
         ),
         ({"gpus": ()}, "torch finds no GPU, although there is the NVIDIA driver 580.65.06"),
         ({"gpus": (), "broken": "CUDA error: unknown error"}, "CUDA does not start (CUDA error: unknown error)"),
@@ -63,7 +63,7 @@ def test_what_stops_a_run_is_said_with_what_to_do(
     ("changes", "words"),
     [
         ({"gpus": (CARD.model_copy(update={"name": "Tesla T4", "bf16": False}),)}, "Tesla T4 has no bf16"),
-        ({"gpus": (CARD.model_copy(update={"free": 6 * GIB}),)}, "others use 18.00 GiB of the 24.00 GiB"),
+        ({"gpus": (CARD.model_copy(update={"free": 6 * GIB}),)}, "other programs use 18.00 GiB of 24.00 GiB"),
         ({"gpus": (), "hidden": True}, "CUDA_VISIBLE_DEVICES hides the GPUs"),
         ({"gpus": (), "driver": None, "cuda": None, "bitsandbytes_cuda": False}, "there is no GPU"),
         ({"gpus": (), "driver": None}, "there is no GPU"),
