@@ -178,7 +178,8 @@ def measure(model: Any, batch: int, tokens: int, chunk: int) -> Pass:
 def answer(model: Any, rows: int, prompt: int, how: Decoding, read: int) -> Pass:
     """Decoding `rows` answers of maximum length to prompts of `prompt` tokens, as `decode` does.
 
-    The bytes are the peak of reading prompts, `read` tokens at once, or of the last step; the operations the last step's.
+    The bytes are the peak of reading prompts, `read` tokens at once, or of the last step; the operations
+    are the last step's.
     """
     base, together = model.get_base_model().eval(), min(rows, max(read // prompt, 1))
 
@@ -203,7 +204,7 @@ def answer(model: Any, rows: int, prompt: int, how: Decoding, read: int) -> Pass
 
 
 def _extended(model: Any, take: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-    """The numbers that `take` returns for all layers; extrapolated from two and three layers if all are alike."""
+    """The numbers that `take` returns for all layers; if they are alike, extrapolated from two and three."""
     layers, alike = _layers(model)
     if not alike or len(layers) <= 3:
         return take()

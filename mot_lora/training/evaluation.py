@@ -180,7 +180,7 @@ def generate(
     how = Decoding(settings.max_new_tokens, frozenset(stops), settings.temperature, settings.top_p)
     write, note = partial(decode.decode, tokens=tokens), ""
     if not decodes(base):
-        write, note = partial(decode.generate, pad=pad), f"{type(base).__name__}: with transformers' generate"
+        write, note = partial(decode.generate, pad=pad), f"{type(base).__name__}: by transformers' generate"
     texts = [prompt_text(tokenizer, q.prompt) for q in questions]
     prompts = [token_ids(tokenizer, text) for text in texts]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))

@@ -73,7 +73,7 @@ def test_a_setting_that_cannot_be_is_told_before_any_work(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_told(refusal: Callable[..., str]) -> None:
-    assert "torch finds no CUDA GPU; device=cpu does without" in refusal("device=cuda")
+    assert "device `cuda`: torch finds no CUDA GPU; to run on the CPU, set device=cpu" in refusal("device=cuda")
 
 
 ROW = {"question": "1 + 1 = ?", "answer": "2"}
@@ -226,7 +226,7 @@ def test_a_driver_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     old = "the NVIDIA driver 535.104.05 cannot run torch's CUDA 13.0: update it to 580 or newer"
     assert why_unused("535.104.05", "13.0") == old
-    assert "torch finds no GPU, although there is the NVIDIA driver 580.65.06" in (
+    assert "torch (CUDA 13.0) finds no GPU, although the NVIDIA driver 580.65.06 is installed" in (
         why_unused("580.65.06", "13.0") or ""
     )
     assert "finds no GPU" in (why_unused("535.104.05", "12.8") or "")  # new enough for that

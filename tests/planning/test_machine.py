@@ -43,7 +43,7 @@ def test_a_good_machine_has_nothing_to_be_told() -> None:
             {"gpus": (), "cuda": None},
             "torch is built without CUDA, but there is a GPU (driver 580.65.06): install torch",
         ),
-        ({"gpus": ()}, "torch finds no GPU, although there is the NVIDIA driver 580.65.06"),
+        ({"gpus": ()}, "torch (CUDA 13.0) finds no GPU, although the NVIDIA driver 580.65.06 is installed"),
         ({"gpus": (), "broken": "CUDA error: unknown error"}, "CUDA does not start (CUDA error: unknown error)"),
         ({"bitsandbytes_cuda": False}, "bitsandbytes has no library for CUDA 13.0"),
         ({"disk": {"/work": 2**20, "/cache": 100 * GIB}}, "/work has 1 MiB left"),
@@ -67,8 +67,8 @@ def test_what_stops_a_run_is_said_with_what_to_do(
         ({"gpus": (), "hidden": True}, "CUDA_VISIBLE_DEVICES hides the GPUs"),
         ({"gpus": (), "driver": None, "cuda": None, "bitsandbytes_cuda": False}, "there is no GPU"),
         ({"gpus": (), "driver": None}, "there is no GPU"),
-        ({"host_free": 3 * GIB, "host_limit": 4 * GIB}, "3.00 GiB of 4.00 GiB of the machine's memory are free"),
-        ({"disk": {"/work": 100 * GIB, "/cache": 9 * GIB}}, "/cache has 9.00 GiB left"),
+        ({"host_free": 3 * GIB, "host_limit": 4 * GIB}, "3.00 GiB of 4.00 GiB of host memory are free"),
+        ({"disk": {"/work": 100 * GIB, "/cache": 9 * GIB}}, "/cache has 9.00 GiB free"),
     ],
 )
 def test_what_a_run_can_live_with_is_no_stop(changes: dict[str, Any], words: str) -> None:

@@ -146,13 +146,15 @@ def test_targets_that_match_nothing_are_refused(qwen3: Path) -> None:
 def test_experts_are_no_linear_layers_and_the_advice_is_right(
     bases: dict[str, Path], targets: str | tuple[str, ...]
 ) -> None:
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.\w+ is no linear layer but Qwen3Moe\w+; take of \[") as e:
+    with pytest.raises(
+        UserError, match=r"layers\.0\.mlp\.\w+ is not a linear layer but Qwen3Moe\w+; choose from \["
+    ) as e:
         adapter.check_targets(bases["moe"], LoraConfig(target_modules=targets))
     advised = tuple(str(e.value).rpartition("[")[2].rstrip("]").split(","))
     assert advised == ("k_proj", "o_proj", "q_proj", "v_proj")
     adapter.check_targets(bases["moe"], LoraConfig(target_modules=advised))
     with pytest.raises(
-        UserError, match=r"cannot be had \(Target module Qwen3MoeExperts.*; the student has k_proj, o_proj"
+        UserError, match=r"cannot be used \(Target module Qwen3MoeExperts.*; the student has k_proj, o_proj"
     ):
         adapter.check_targets(bases["moe"], LoraConfig(target_modules=("q_proj", "experts")))
 

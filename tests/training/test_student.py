@@ -476,6 +476,6 @@ def test_what_is_no_linear_layer_is_refused_before_anything_is_folded(qwen3: Pat
     tokens = stored(qwen3)["model.embed_tokens.weight"].shape
     embedding = Factors(torch.ones(1, tokens[1]), torch.ones(tokens[0], 1), form="embedding")
     both = merge_adapters([Adapter("a", {**good, "model.embed_tokens": embedding})])
-    with pytest.raises(UserError, match=r"model\.embed_tokens is no linear layer of the model in memory"):
+    with pytest.raises(UserError, match=r"model\.embed_tokens is not a linear layer of the model in memory"):
         list(fold(model, checkpoint, [both]))
     assert {name: in_memory(layer) for name, layer in linear_layers(model).items()} == before
