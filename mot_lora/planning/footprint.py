@@ -216,8 +216,8 @@ def _extended(model: Any, take: Callable[[], tuple[float, ...]]) -> tuple[float,
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of live tensors, their peak, and floating-point operations while it is active; tensors in `there`
-    do not count.
+    """While active, counts the bytes of live tensors, their peak, and floating-point operations; tensors in `there` do
+    not count.
     """
 
     def __init__(self, there: Iterable[Tensor] = ()) -> None:

@@ -46,7 +46,7 @@ def test_a_good_machine_has_nothing_to_be_told() -> None:
         ({"gpus": ()}, "torch (CUDA 13.0) finds no GPU, although the NVIDIA driver 580.65.06 is installed"),
         ({"gpus": (), "broken": "CUDA error: unknown error"}, "CUDA does not start (CUDA error: unknown error)"),
         ({"bitsandbytes_cuda": False}, "bitsandbytes has no library for CUDA 13.0"),
-        ({"disk": {"/work": 2**20, "/cache": 100 * GIB}}, "/work has 1 MiB left"),
+        ({"disk": {"/work": 2**20, "/cache": 100 * GIB}}, "/work has 1 MiB free"),
         ({"versions": {**GOOD.versions, "peft": None}}, "peft is not installed: pip install peft"),
     ],
 )
