@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from mot_lora.data import Trace, chain_of, is_right, read_trace
+from mot_lora.runs.rundir import MAY_CHANGE, STEP
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -63,3 +64,17 @@ def test_a_trace_as_it_is_to_be_collected() -> None:
     assert trace.question == "What is 6 times 7?"
     assert chain_of(trace.completion) == "6 times 7 is 42."
     assert is_right(trace.completion, trace.right_answers)
+
+
+def test_what_may_change_when_a_run_resumes() -> None:
+    section = (DOCS / "trusting-a-run.md").read_text("utf-8").partition("These may change:")[2].partition("## ")[0]
+    keys = re.findall(r"`([\w.]+)`", section)
+    assert len(keys) > 10
+    for key in keys:
+        full = {
+            "stop": "stop.patience",
+            "eval.final": "eval.final.samples",
+            "learning_rate": "teachers.0.learning_rate",
+        }
+        name = full.get(key, key)
+        assert MAY_CHANGE.fullmatch(name) or STEP.fullmatch(name), key
