@@ -36,6 +36,7 @@ from mot_lora.training.student import load_model
 
 MakeConfig = Callable[..., Config]
 T4 = {"name": "Tesla T4", "gib": 16, "capability": "7.5"}
+SLOW = pytest.mark.slow
 BRANCH: dict[str, Any] = {
     "steps": 2,
     "batch_size": 2,
@@ -66,58 +67,59 @@ def close(got: RunRecord, want: RunRecord, within: float) -> bool:
     return losses(got) == pytest.approx(losses(want), abs=within)
 
 
-def runs_everywhere(make_config: MakeConfig, tmp_path: Path) -> dict[str, Config]:
-    """A run of two rounds in each quantization, on this device and on the CPU; the former's configs."""
-    configs: dict[str, Config] = {}
-    device = torch.cuda.get_device_name()
-    for quantization in ("nf4", "int8", "none"):
-        settings: dict[str, Any] = {"quantization": quantization, "branch": BRANCH}
-        late, folder = falsecuda.late_copies(), tmp_path / quantization
-        configs[quantization] = make_config(**settings, device="cuda", output=str(folder))
-        record = run(configs[quantization])
-        assert falsecuda.reports() == ""
-        assert falsecuda.late_copies() > late + 30
-        assert falsecuda.pinned_peak() > 30_000
-        assert json.loads((folder / "environment.json").read_text())["device"] == device
-        want = run(make_config(**settings, device="cpu", output=str(tmp_path / f"{quantization}-cpu")))
-        assert close(record, want, 0.01)
-        for r in record.rounds:
-            assert 0.5 < r.fold.survived < 1.5
-            assert r.evaluation.questions == 4
-        for branch in record.branches:
-            update = true_updates(folder / f"round-{branch.round:03d}" / branch.teacher)
-            assert all(bool(u.any()) for u in update.values())
-    return configs
+def run_on_both(make_config: MakeConfig, tmp_path: Path, quantization: str) -> Config:
+    """A run of two rounds on this device and on the CPU; the former's config."""
+    settings: dict[str, Any] = {"quantization": quantization, "branch": BRANCH}
+    late, folder = falsecuda.late_copies(), tmp_path / quantization
+    config = make_config(**settings, device="cuda", output=str(folder))
+    record = run(config)
+    assert falsecuda.reports() == ""
+    assert falsecuda.late_copies() > late + 30
+    assert falsecuda.pinned_peak() > 30_000
+    assert json.loads((folder / "environment.json").read_text())["device"] == torch.cuda.get_device_name()
+    want = run(make_config(**settings, device="cpu", output=str(tmp_path / f"{quantization}-cpu")))
+    assert close(record, want, 0.01)
+    for r in record.rounds:
+        assert 0.5 < r.fold.survived < 1.5
+        assert r.evaluation.questions == 4
+    for branch in record.branches:
+        update = true_updates(folder / f"round-{branch.round:03d}" / branch.teacher)
+        assert all(bool(u.any()) for u in update.values())
+    return config
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=SLOW), pytest.param("none", marks=SLOW)])
 @false_gpu()
 def test_a_run_on_a_card_gives_what_it_gives_on_a_cpu_and_so_does_who_looks_at_it(
-    make_config: MakeConfig, tmp_path: Path, qwen3: Path
+    make_config: MakeConfig, tmp_path: Path, qwen3: Path, quantization: str
 ) -> None:
-    for quantization, config in runs_everywhere(make_config, tmp_path).items():
-        looked = consensus(config.output, traces=99)
-        check_landscape(config, looked, ends=False)
-        last = RunDir(Path(config.output)).round_record(2)
-        assert last
-        log_p = {teacher: -loss for teacher, loss in last.evaluation.losses.items()}
-        assert looked.confidence[-1].log_p == pytest.approx(log_p, rel=1e-4)
-        out = tmp_path / f"{quantization}-export"
-        assert export(config.output, out, round=2).survived > 0.9
-        base, made = stored(qwen3), stored(out)
-        folders = [Path(config.output) / f"round-{r:03d}" / t for r in (1, 2) for t in "ab"]
-        ledger = [true_updates(folder) for folder in folders]
-        for module in ledger[0]:
-            want = base[f"{module}.weight"].double() + sum(update[module] for update in ledger) / 2
-            off = made[f"{module}.weight"] != want.float().to(torch.bfloat16)
-            assert off.float().mean() < 1e-3  # sums that lie between two numbers
+    config = run_on_both(make_config, tmp_path, quantization)
+    looked = consensus(config.output, traces=99)
+    check_landscape(config, looked, ends=False)
+    last = RunDir(Path(config.output)).round_record(2)
+    assert last
+    log_p = {teacher: -loss for teacher, loss in last.evaluation.losses.items()}
+    assert looked.confidence[-1].log_p == pytest.approx(log_p, rel=1e-4)
+    out = tmp_path / f"{quantization}-export"
+    assert export(config.output, out, round=2).survived > 0.9
+    base, made = stored(qwen3), stored(out)
+    folders = [Path(config.output) / f"round-{r:03d}" / t for r in (1, 2) for t in "ab"]
+    ledger = [true_updates(folder) for folder in folders]
+    for module in ledger[0]:
+        want = base[f"{module}.weight"].double() + sum(update[module] for update in ledger) / 2
+        off = made[f"{module}.weight"] != want.float().to(torch.bfloat16)
+        assert off.float().mean() < 1e-3  # sums that lie between two numbers
     assert falsecuda.reports() == ""
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=SLOW), pytest.param("none", marks=SLOW)])
 @false_gpu(**T4, count=2)
-def test_a_run_on_the_first_of_two_cards_before_ampere(make_config: MakeConfig, tmp_path: Path) -> None:
-    runs_everywhere(make_config, tmp_path)
+def test_a_run_on_the_first_of_two_cards_before_ampere(
+    make_config: MakeConfig, tmp_path: Path, quantization: str
+) -> None:
+    run_on_both(make_config, tmp_path, quantization)
 
 
 # --- going on ------------------------------------------------------------------------------------
@@ -151,6 +153,7 @@ def stops_and_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:
     assert falsecuda.reports() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @false_gpu()
 def test_a_branch_goes_on_to_the_same_bytes(make_config: MakeConfig, tmp_path: Path) -> None:
