@@ -62,7 +62,7 @@ def answers_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A comparison of two of the demo's teachers, with one seed."""
-    teachers = [{"name": t, "data": str(demo_path(f"teachers/{t}.jsonl")), "samples": 20} for t in ("steps", "story")]
+    teachers = [{"name": t, "data": str(demo_path(f"teachers/{t}.jsonl")), "samples": 10} for t in ("steps", "story")]
     tree = {
         "student": str(demo_path("student")),
         "teachers": teachers,

@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import yaml
-from forks import FORKS
 from test_distillation import MakeConfig, files, same_run
 
 from mot_lora import UserError
@@ -106,7 +106,7 @@ def start(tmp_path: Path) -> Start:
         file = name.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         command = ["run", str(file), "-q", *words]
-        process = FORKS.Process(target=_command, args=(command, name, before))
+        process = forks.process(_command, command, name, before)
         process.start()
         return Command(process, name, command)
 
