@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,39 +105,58 @@ def pack(
         progress("pack", done, len(modules))
     ranks = {module: f.rank for module, f in factors.items()}
     top = max(ranks.values(), default=1)
-    size = sum(f.rank * _bytes(f) for f in factors.values())
-    zeros = sum((top - f.rank) * _bytes(f) for f in factors.values())
-    uniform = zeros <= (max(size, PADDING) if filled else 0)
+    uniform = _is_cheap(factors, top, filled)
     for module, f in factors.items():
         bare = [m for m in modules if forms[m] == "parameter" and m.rpartition(".")[0] == module.rpartition(".")[0]]
         tensors |= _lora_tensors(module, forms[module], _padded(f, top) if uniform else f, bare)
-    if any(form == "bias" for form in forms.values()):  # PEFT has a bias on all of them or on none
+    if "bias" in forms.values():  # PEFT has a bias on all of them or on none
         for module in [m for m in ranks if forms[m] == "linear"]:
             size = tensors[f"{PREFIX}{module}.lora_B.weight"].shape[0]
             tensors.setdefault(f"{PREFIX}{module}.lora_B.bias", torch.zeros(size))
-    of = {form: [m for m in modules if forms[m] == form] for form in set(forms.values())}
-    other = {} if uniform else {rf"^{re.escape(m)}": r for m, r in ranks.items() if r != top}
-    config = {
+    record = SaveRecord(
+        method=method_name(adapter.method) if isinstance(adapter, Merged) else None,
+        rank=top,
+        ranks=ranks,
+        uniform=uniform,
+        lost=_share(lost, norms),
+        modules=lost,
+    )
+    return Packed(_config(adapter, top, {} if uniform else ranks, saved), tensors, record)
+
+
+def _is_cheap(factors: Mapping[str, Factors], rank: int, filled: bool) -> bool:
+    """Whether all modules may have one rank: nothing is filled up, or, where that is asked, with few zeros."""
+    size = sum(f.rank * _bytes(f) for f in factors.values())
+    zeros = sum((rank - f.rank) * _bytes(f) for f in factors.values())
+    return zeros <= (max(size, PADDING) if filled else 0)
+
+
+def _config(adapter: Adapter | Merged, rank: int, ranks: Mapping[str, int], saved: Collection[str]) -> dict[str, Any]:
+    """PEFT's adapter_config.json: of this rank, but for modules of other `ranks`; `saved` are held whole."""
+    forms = _forms(adapter)
+    other = {rf"^{re.escape(m)}": r for m, r in ranks.items() if r != rank}
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": next((a.base for a in _adapters(adapter) if a.base), None),
-        "r": top,
-        "lora_alpha": top,
+        "r": rank,
+        "lora_alpha": rank,
         "rank_pattern": other,
         "alpha_pattern": dict(other),
-        "target_modules": sorted([*of.get("linear", ()), *of.get("embedding", ())]),
-        "target_parameters": _target_parameters(adapter) if "parameter" in of else None,
+        "target_modules": sorted(m for m, form in forms.items() if form in ("linear", "embedding")),
+        "target_parameters": _target_parameters(adapter) if "parameter" in forms.values() else None,
         "modules_to_save": sorted(set(saved)) or None,
-        "lora_bias": "bias" in of,
+        "lora_bias": "bias" in forms.values(),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-    total = math.fsum(norms.values())
-    share = math.sqrt(math.fsum(lost[m] ** 2 * norms[m] for m in modules) / total) if total else 0.0
-    method = method_name(adapter.method) if isinstance(adapter, Merged) else None
-    record = SaveRecord(method=method, rank=top, ranks=ranks, uniform=uniform, lost=share, modules=lost)
-    return Packed(config, tensors, record)
+
+
+def _share(lost: Mapping[str, float], squares: Mapping[str, float]) -> float:
+    """|lost| / |D| over all modules, from each one's and its |D|^2."""
+    total = math.fsum(squares.values())
+    return math.sqrt(math.fsum(lost[m] ** 2 * squares[m] for m in lost) / total) if total else 0.0
 
 
 def _update(adapter: Adapter | Merged, module: str) -> Update:

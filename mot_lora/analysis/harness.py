@@ -117,58 +117,67 @@ def evaluate_run(
     >>> evaluate_run("runs/quickstart", ["gsm8k"], limit=100).results[0].scores  # doctest: +SKIP
     {'exact_match,strict-match': Score(value=0.31, stderr=0.0465), ...}
     """
-    from mot_lora.training.student import device_of, dtype_of
-
     chosen = choose(run, round, student)
-    open_student(chosen.rundir, chosen.config)  # what is wrong with it is told before the tasks are read
-    file = chosen.rundir.path / "eval" / f"round-{chosen.round:03d}.json"
-    asked = chosen.config.device  # a student that was trained on a GPU may be measured on a CPU
-    device = device_of(chosen.config.model_copy(update={"device": "cpu" if asked == "cpu" else "auto"}))
-    dtype = EXPORTED if device.type == "cpu" else dtype_of(device)
+    open_student(chosen.rundir, chosen.config)  # what is wrong with it is found before the tasks are read
+    device, dtype = _device(chosen)
+    asked = {
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "apply_chat_template": chat_template,
+        "gen_kwargs": None if max_new_tokens is None else {"max_gen_toks": max_new_tokens},
+    }
 
     def measured(who: str) -> dict[str, Any]:
         loaded = _load(manager, tasks)
         with _model(chosen, who, device, None if quantized else dtype, batch_size, shown) as lm:
             Watch(lm, who, shown)
-            return _simple_evaluate(
-                lm,
-                tasks=loaded,
-                task_manager=manager,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                batch_size=batch_size,
-                apply_chat_template=chat_template,
-                gen_kwargs=None if max_new_tokens is None else {"max_gen_toks": max_new_tokens},
-                log_samples=False,
-            )
+            return _simple_evaluate(lm, tasks=loaded, task_manager=manager, log_samples=False, **asked)
 
     with hushed(progress) as shown:
         manager = _task_manager(tasks, include_path)
-        said = measured("student")
-        results = [
-            TaskRecord(
-                task=name,
-                weights=chosen.config.quantization if quantized else str(dtype).removeprefix("torch."),
-                chat_template=chat_template,
-                shots=said["n-shot"].get(name),
-                limit=limit,
-                max_new_tokens=max_new_tokens,
-                questions=row["sample_len"],
-                scores=_scores(row),
-                version=said["versions"].get(name),
-                lm_eval=metadata.version("lm-eval"),
-            )
-            for name, row in said["results"].items()
-        ]
-        record = _keep(file, chosen, results)
+        results = _results(
+            measured("student"),
+            weights=chosen.config.quantization if quantized else str(dtype).removeprefix("torch."),
+            chat_template=chat_template,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+        )
+        record = _keep(chosen, results)
         if base:
             rows = measured("base")["results"]
-            record = _keep(file, chosen, [r.model_copy(update={"base": _scores(rows[r.task])}) for r in results])
+            record = _keep(chosen, [r.model_copy(update={"base": _scores(rows[r.task])}) for r in results])
     return record
 
 
-def _keep(file: Path, chosen: Chosen, results: Sequence[TaskRecord]) -> HarnessRecord:
+def _device(chosen: Chosen) -> tuple[torch.device, torch.dtype]:
+    """What is measured on, and the dtype of the weights: a student that was trained on a GPU may be on a CPU now."""
+    from mot_lora.training.student import device_of, dtype_of
+
+    asked = "cpu" if chosen.config.device == "cpu" else "auto"
+    device = device_of(chosen.config.model_copy(update={"device": asked}))
+    return device, EXPORTED if device.type == "cpu" else dtype_of(device)
+
+
+def _results(said: dict[str, Any], **asked: Any) -> list[TaskRecord]:
+    """What lm-eval says, a record for each task or group; `asked` is how all of them were asked."""
+    return [
+        TaskRecord(
+            task=name,
+            shots=said["n-shot"].get(name),
+            questions=row["sample_len"],
+            scores=_scores(row),
+            version=said["versions"].get(name),
+            lm_eval=metadata.version("lm-eval"),
+            **asked,
+        )
+        for name, row in said["results"].items()
+    ]
+
+
+def _keep(chosen: Chosen, results: Sequence[TaskRecord]) -> HarnessRecord:
     """Add results to the round's file; those of a round that was made again since are set beside it."""
+    file = chosen.rundir.path / "eval" / f"round-{chosen.round:03d}.json"
     made = [durable.sha256(chosen.rundir.round(n) / "round.json") for n in range(1, chosen.round + 1)]
     new = HarnessRecord(round=chosen.round, student=sha256("".join(made).encode()).hexdigest()[:16])
     old = read_record(file, HarnessRecord)

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, overload
 
@@ -213,11 +213,35 @@ def combine(
     tensor([[1., 0.],
             [0., 1.]])
     """
+    _check_names(adapters)
+    method = _fitting(method, density, space)
+    shapes, forms = _modules(adapters)
+    given: Sequence[PerModule] = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(given) != len(adapters):
+        raise UserError(f"{len(given)} weights for {len(adapters)} adapters: give one for each")
+    for key, setting in (("density", density), ("scale", scale), *(("weight", w) for w in given)):
+        _check_patterns(key, setting, shapes)
+    for number in density.values() if isinstance(density, dict) else [] if density is None else [density]:
+        check_density(number)
+    merged = Merged(tuple(adapters), method, tuple(given), density, scale, seed, space, shapes, forms)
+    for module in shapes:
+        try:
+            check_weights(merged.weights_of(module), len(adapters), method in ELECTS)
+        except UserError as e:
+            raise UserError(f"{module}: {e}") from e
+    return merged
+
+
+def _check_names(adapters: Sequence[Adapter]) -> None:
     if not adapters:
         raise UserError("no adapters to merge: give at least one")
     names = [a.name for a in adapters]
     if len(set(names)) < len(names):
         raise UserError(f"adapters need different names, not {names}")
+
+
+def _fitting(method: str | Method, density: PerModule | None, space: str | None) -> str | Method:
+    """The method, by its name where it has one. Errors: UserError for settings that it does not take."""
     resolve(method)
     method = next((name for name, function in METHODS.items() if function is method), method)
     if method in NEEDS_DENSITY and density is None:
@@ -226,6 +250,11 @@ def combine(
         raise UserError("method `linear` takes no density: leave it out, or choose another method")
     if space is not None and space not in SPACES:
         raise UserError(f"unknown space `{space}`: use {' or '.join(SPACES)}, or leave it out")
+    return method
+
+
+def _modules(adapters: Sequence[Adapter]) -> tuple[dict[str, torch.Size], dict[str, Form]]:
+    """The shape and the form of every module that an adapter updates. Errors: UserError where two contradict."""
     shapes: dict[str, torch.Size] = {}
     forms: dict[str, Form] = {}
     for adapter in adapters:
@@ -240,28 +269,18 @@ def combine(
     for module in shapes:
         if f"{module}.weight" in shapes:
             raise UserError(f"{module}: some adapters hold it as a layer, others as a bare parameter; save them alike")
-    w: Sequence[PerModule] = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(w) != len(adapters):
-        raise UserError(f"{len(w)} weights for {len(adapters)} adapters: give one for each")
-    for key, setting in (("density", density), ("scale", scale), *(("weight", x) for x in w)):
-        if isinstance(setting, dict):
-            for pattern in setting:
-                try:
-                    compiled(pattern)
-                except ValueError as e:
-                    raise UserError(f"{key}: {' '.join(str(e).split())}") from e
-                if not any(first_match([pattern], m) for m in shapes):
-                    raise UserError(f"{key} pattern `{pattern}` matches no module, e.g. not {next(iter(shapes))}")
-        if key == "density" and setting is not None:
-            for value in setting.values() if isinstance(setting, dict) else [setting]:
-                check_density(value)
-    merged = Merged(tuple(adapters), method, tuple(w), density, scale, seed, space, shapes, forms)
-    for module in shapes:
+    return shapes, forms
+
+
+def _check_patterns(key: str, setting: PerModule | None, modules: Iterable[str]) -> None:
+    """Errors: UserError for a pattern that is none, or that matches no module."""
+    for pattern in setting if isinstance(setting, dict) else ():
         try:
-            check_weights(merged.weights_of(module), len(adapters), method in ELECTS)
-        except UserError as e:
-            raise UserError(f"{module}: {e}") from e
-    return merged
+            compiled(pattern)
+        except ValueError as e:
+            raise UserError(f"{key}: {' '.join(str(e).split())}") from e
+        if not any(first_match([pattern], m) for m in modules):
+            raise UserError(f"{key} pattern `{pattern}` matches no module, e.g. not {next(iter(modules))}")
 
 
 # what an update that adapters hold in different forms is held in: the later one can hold the earlier

@@ -62,12 +62,7 @@ def run(
     4
     """
     device, rundir = device_of(config), RunDir(Path(config.output))
-    rundir.check_device(config.device, device.type)
-    config = rundir.here(config)
-    rundir.check_inputs(config)
-    check_trackers(config.branch.report_to)
-    uses_liger(config.branch.liger, device.type == "cuda")
-    resolve(config.merge.method)
+    config = _checked(config, rundir, device)
     checkpoint = Checkpoint.open(config.student, weights=False)
     check_targets(checkpoint.path, config.lora, config.trust_remote_code)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
@@ -94,19 +89,38 @@ def run(
                 loaded(lambda: _student(config, rundir, checkpoint, device, done, progress)) as model,
             ):
                 loop = Loop(config, rundir, checkpoint, tokenizer, data, model, train, evaluate, progress)
-                if record is None:
-                    loop.before()
-                    done = len(cast("RunRecord", read_run(rundir)).rounds)  # before.json alone can have been damaged
-                    for _ in fold(model, checkpoint, read_ledger(rundir, done, device)):
-                        pass
-                while not (record := cast("RunRecord", read_run(rundir))).stopped:
-                    loop.round(len(record.rounds) + 1)
-                if (number := final_due(config, record)) is not None:
-                    loop.final(number)
-                    record = cast("RunRecord", read_run(rundir))
+                record = _rounds(loop, record, device)
         if finished:
             finished(rundir)
         return record
+
+
+def _checked(config: Config, rundir: RunDir, device: torch.device) -> Config:
+    """The config with everything where it is now. Errors: UserError for what is missing here."""
+    rundir.check_device(config.device, device.type)
+    config = rundir.here(config)
+    rundir.check_inputs(config)
+    check_trackers(config.branch.report_to)
+    uses_liger(config.branch.liger, device.type == "cuda")
+    resolve(config.merge.method)
+    return config
+
+
+def _rounds(loop: Loop, record: RunRecord | None, device: torch.device) -> RunRecord:
+    """Measure the student before, do the rounds that are left, and ask it once more at the end."""
+    rundir = loop.rundir
+    if record is None:
+        loop.before()
+        record = cast("RunRecord", read_run(rundir))  # with rounds, where before.json alone was damaged
+        for _ in fold(loop.model, loop.checkpoint, read_ledger(rundir, len(record.rounds), device)):
+            pass
+    while not record.stopped:
+        loop.round(len(record.rounds) + 1)
+        record = cast("RunRecord", read_run(rundir))
+    if (number := final_due(loop.config, record)) is not None:
+        loop.final(number)
+        record = cast("RunRecord", read_run(rundir))
+    return record
 
 
 def _student(

@@ -23,7 +23,7 @@ from mot_lora.data.traces import Example
 from mot_lora.errors import DivergedError, enough_memory
 from mot_lora.interruption import INTERRUPTS, Shield
 from mot_lora.progress import Progress, silent
-from mot_lora.records import TrainRecord
+from mot_lora.records import SealRecord, TrainRecord
 from mot_lora.training.job import Job
 from mot_lora.training.liger import fused, uses_liger
 from mot_lora.training.lora import one_product
@@ -60,27 +60,12 @@ def train(
         folder = job.state if job else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        saved = newest(folder)
-        # its optimizer would keep the old learning rate, or it was trained with an older schedule
-        if saved and (saved[1].learning_rate, saved[1].schedule) != (settings.learning_rate, SCHEDULE):
-            discard(folder.glob("checkpoint-*"))
-            saved = None
+        saved = _state(folder, settings)
         set_checkpoints(model.get_base_model(), settings)
         stack.enter_context(fast_layers(model, settings))
         shield = stack.enter_context(Shield())
-        offload = _offload(model, settings, examples)
-        stays = model.device.type == "cuda" and offload is None  # layers' inputs, which could be offloaded
-        trainer = BranchTrainer(
-            settings=settings,
-            pad_id=cast("int", tokenizer.pad_token_id),
-            offload=offload,
-            model=model,
-            args=_arguments(settings, folder, seed, model.device),
-            train_dataset=cast("Any", list(examples)),
-        )
+        trainer = _trainer(model, tokenizer, examples, settings, folder, seed)
         stack.callback(_let_go, trainer, model)
-        del offload
-        trainer.remove_callback(PrinterCallback)  # progress is reported by `progress`
         watch = Watch(trainer, shield, progress, start, bound=math.log(model.config.vocab_size))
         for name in settings.report_to if job else ():
             track = Track(name, cast("Job", job))
@@ -89,26 +74,62 @@ def train(
         trainer.add_callback(watch)
         if saved:
             trainer.trained_tokens, watch.seconds = saved[1].tokens, saved[1].seconds
+        stays = model.device.type == "cuda" and trainer.offload is None  # layers' inputs, which could be offloaded
         stack.enter_context(enough_memory("", _advice(settings, max(map(len, examples)), stays)))
-        try:
-            trainer.resume(saved[0] if saved else None)
-            _check_trained(model, settings)
-            if job:
-                trainer.keep()
-        except INTERRUPTS:
-            if job and watch.restore:
-                watch.restore()
-                trainer.keep()
-            raise
+        _take_steps(trainer, watch, saved[0] if saved else None, keep=job is not None)
         model.eval()
-        losses = trainer.losses
         return TrainRecord(
             steps=trainer.state.global_step,
             tokens=trainer.trained_tokens,
-            loss=sum(losses) / len(losses),
+            loss=sum(trainer.losses) / len(trainer.losses),
             seconds=watch.spent,
-            losses=tuple(losses),
+            losses=tuple(trainer.losses),
         )
+
+
+def _state(folder: Path, settings: BranchConfig) -> tuple[Path, SealRecord] | None:
+    """The state to resume from. One of another learning rate or schedule, which its optimizer would keep, is deleted."""
+    saved = newest(folder)
+    if saved and (saved[1].learning_rate, saved[1].schedule) != (settings.learning_rate, SCHEDULE):
+        discard(folder.glob("checkpoint-*"))
+        return None
+    return saved
+
+
+def _trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: BranchConfig,
+    folder: Path,
+    seed: int,
+) -> BranchTrainer:
+    trainer = BranchTrainer(
+        settings=settings,
+        pad_id=cast("int", tokenizer.pad_token_id),
+        offload=_offload(model, settings, examples),
+        model=model,
+        args=_arguments(settings, folder, seed, model.device),
+        train_dataset=cast("Any", list(examples)),
+    )
+    trainer.remove_callback(PrinterCallback)  # progress is reported by `progress`
+    return trainer
+
+
+def _take_steps(trainer: BranchTrainer, watch: Watch, state: Path | None, *, keep: bool) -> None:
+    """Train to the end, from a saved state where there is one. `keep` saves the last state; at a signal, that of the
+    last whole step.
+    """
+    try:
+        trainer.resume(state)
+        _check_trained(cast("PeftModel", trainer.model), trainer.settings)
+        if keep:
+            trainer.keep()
+    except INTERRUPTS:
+        if keep and watch.restore:
+            watch.restore()
+            trainer.keep()
+        raise
 
 
 def set_checkpoints(base: Any, settings: BranchConfig) -> None:
