@@ -2,6 +2,8 @@ from .adapters.inspection import inspect_adapters as inspect_adapters
 from .adapters.live import adapter_from_peft as adapter_from_peft
 from .adapters.live import add_merged_adapter as add_merged_adapter
 from .adapters.load import load_adapter as load_adapter
+from .adapters.records import InspectRecord as InspectRecord
+from .adapters.records import SaveRecord as SaveRecord
 from .adapters.save import save_adapter as save_adapter
 from .adapters.sources import merge_adapters as merge_adapters
 from .analysis.comparison import ArmRun as ArmRun
@@ -11,6 +13,7 @@ from .analysis.consensus import consensus as consensus
 from .analysis.harness import HarnessRecord as HarnessRecord
 from .analysis.harness import evaluate_run as evaluate_run
 from .checkpoints.fold import fold_checkpoint as fold_checkpoint
+from .checkpoints.records import VerifyRecord as VerifyRecord
 from .checkpoints.verify import verify_checkpoint as verify_checkpoint
 from .config import Config as Config
 from .errors import UserError as UserError
@@ -27,12 +30,8 @@ from .merging.methods import sce as sce
 from .merging.methods import ties as ties
 from .reader import load_config as load_config
 from .records import EvaluationRecord as EvaluationRecord
-from .records import ExportRecord as ExportRecord
-from .records import InspectRecord as InspectRecord
 from .records import RunRecord as RunRecord
-from .records import SaveRecord as SaveRecord
 from .records import TrainRecord as TrainRecord
-from .records import VerifyRecord as VerifyRecord
 from .reports.display import live as live
 from .reports.publish import compare as compare
 from .reports.publish import run as run
@@ -40,3 +39,4 @@ from .reports.tables import table as table
 from .runs.distillation import stages as stages
 from .runs.export import export as export
 from .runs.export import export_adapter as export_adapter
+from .runs.records import ExportRecord as ExportRecord

@@ -1,14 +1,10 @@
 """What is known of a branch, a round and an evaluation: frozen records that go to disk as JSON."""
 
 import math
-from collections.abc import Mapping
-from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from mot_lora.patterns import PerModule
-
-ENOUGH = 0.9  # the share of an update below which one is told that it did not survive rounding
 
 
 class Record(BaseModel):
@@ -103,111 +99,6 @@ class BranchRecord(Record):
     files: dict[str, str] = {}
 
 
-class SealRecord(Record):
-    """A state within a branch, whole: the sha256 of its files, its learning rate and that one's schedule; tokens and
-    seconds that it took.
-    """
-
-    files: dict[str, str]
-    learning_rate: float
-    schedule: int = 1
-    tokens: int
-    seconds: float
-
-
-class Segment(Record):
-    """A piece of a tokenized trace as text, and whether the loss is on it."""
-
-    text: str
-    trained: bool
-
-
-class TurnRecord(Record):
-    """What the student's chat template writes around its words: `head` before them, `end` after, and where they stop.
-
-    chain: what it writes around a chain of thought, where that is not <think>; listed: whether the tokenizer or the
-    checkpoint names the turn's end as an end of generation; date: the day that the template writes, if any.
-    """
-
-    head: str
-    end: str
-    stops: tuple[str, ...]
-    stop_ids: tuple[int, ...] = ()
-    chain: tuple[str, str] | None = None
-    listed: bool = True
-    date: str | None = None
-
-    @property
-    def lines(self) -> list[str]:
-        """What there is to say of it, a line each."""
-        said = [f"the student's words stand between {self.head!r} and {self.end!r}, as its chat template has them"]
-        if self.chain:
-            said.append("its chain of thought stands between {!r} and {!r}".format(*self.chain))
-        if not self.listed:
-            said.append(
-                f"neither its tokenizer nor its checkpoint says that {self.stops[0]} ends an answer: it does here, and "
-                "in what is exported, and must be named as a stop wherever else the student is served"
-            )
-        if self.date:
-            said.append(
-                f"its chat template writes the date: it is told {self.date} on every day, so that a run goes on alike"
-            )
-        return said
-
-
-class TeacherDataRecord(Record):
-    """What became of one teacher's rows.
-
-    `used` are trained on, `held_out` only measured, `left_out` has the count for each reason, and `bad` the first row
-    that could not be used for it; `without_reasoning` of the used traces go straight to the answer, `marked` of them
-    held marks of a chat template, which were taken off. Tokens are of the used traces; `sample` is one, decoded.
-    """
-
-    teacher: str
-    sources: tuple[str, ...] = ()
-    rows: int = 0
-    used: int = 0
-    held_out: int = 0
-    left_out: dict[str, int] = {}
-    bad: dict[str, str] = {}
-    without_reasoning: int = 0
-    marked: int = 0
-    median_tokens: int = 0
-    longest_tokens: int = 0
-    longest_row: str = ""
-    tokens: int = 0
-    sample: tuple[Segment, ...] = ()
-
-
-class DataRecord(Record):
-    """What a run reads: each teacher's traces, how many questions the student is asked, and how its turn is written.
-
-    Questions that could not be used are counted by reason in `left_out`, and `bad` has the first of each.
-    """
-
-    teachers: tuple[TeacherDataRecord, ...]
-    questions: int = 0
-    left_out: dict[str, int] = {}
-    bad: dict[str, str] = {}
-    turn: TurnRecord | None = None
-
-    @property
-    def remarks(self) -> list[str]:
-        """What there is to say of the template, of traces that held its marks, of rows that could not be used, and of
-        teachers who never reason.
-        """
-        marked = [(t.marked, t.teacher) for t in self.teachers if t.marked]
-        bad = [(t.teacher, t.left_out[why], why, first) for t in self.teachers for why, first in t.bad.items()]
-        bad += [("questions", self.left_out[why], why, first) for why, first in self.bad.items()]
-        silent = [t.teacher for t in self.teachers if t.used and t.without_reasoning == t.used]
-        return [
-            *(self.turn.lines if self.turn else []),
-            *(f"{n:,} traces of {who} held marks of a chat template: they were taken off" for n, who in marked),
-            *(f"{who}: {n:,} left out {why}; the first: {first}" for who, n, why, first in bad),
-            *(f"{who}: no trace has a chain of thought in marks that are known: all are answer only" for who in silent),
-        ]
-
-
 class FoldRecord(Record):
     """How a round's merge went into the weights, overall, for a layer or a module."""
 
@@ -216,123 +107,6 @@ class FoldRecord(Record):
     sign_conflict: float
     cosine: tuple[tuple[float, ...], ...]
     opposition: tuple[tuple[float, ...], ...]
-
-
-class AdapterRecord(Record):
-    """One adapter: its base, as it says, how many updates of which form it holds, their ranks, |D| and |D| / |W|."""
-
-    name: str
-    base: str | None
-    parameters: int
-    forms: dict[str, int]
-    ranks: tuple[int, ...]
-    norm: float
-    relative_norm: float | None
-
-
-class LayerRecord(Record):
-    """Several adapters in one layer: each one's |D| and |D| / |W|, their cosines, and where their signs conflict."""
-
-    norms: tuple[float, ...]
-    relative_norms: tuple[float, ...] | None
-    cosine: tuple[tuple[float, ...], ...]
-    sign_conflict: float
-
-
-class InspectRecord(Record):
-    """What is known of adapters before they are merged; `lost` is the share of their mean that a rank-r copy loses."""
-
-    adapters: tuple[AdapterRecord, ...]
-    overall: LayerRecord
-    layers: dict[str, LayerRecord]
-    lost: dict[int, float]
-
-
-class SaveRecord(Record):
-    """What became of a merge as an adapter: its ranks, and the share |lost| / |D| that they cost, in all and by module.
-
-    `method` is None for one adapter alone; `rank` is the largest of `ranks`. `uniform`: all modules are written with
-    it, so that readers that know one rank and one alpha (vLLM, llama.cpp) scale them as PEFT does.
-    """
-
-    method: str | None
-    rank: int
-    ranks: dict[str, int]
-    uniform: bool = True
-    lost: float
-    modules: dict[str, float]
-
-
-class KeptRecord(Record):
-    """The share of an update D that is in what was written, <change, D> / |D|^2: in all, and of the worst layer.
-
-    None where the update is 0.
-    """
-
-    survived: float | None = None
-    worst: tuple[str, float] | None = None
-
-    @classmethod
-    def of(cls, sums: Mapping[str, tuple[float, float]]) -> Self:
-        """From each layer's <change, D> and |D|^2."""
-        kept, square = (math.fsum(pair[i] for pair in sums.values()) for i in (0, 1))
-        shares = {layer: k / s for layer, (k, s) in sums.items() if s}
-        worst = min(shares, key=lambda layer: shares[layer], default=None)
-        return cls(survived=kept / square if square else None, worst=(worst, shares[worst]) if worst else None)
-
-    @property
-    def faded(self) -> bool:
-        """Whether too much of the update is gone, in all or in a layer."""
-        shares = [self.survived, self.worst and self.worst[1]]
-        return any(share is not None and share < ENOUGH for share in shares)
-
-    @property
-    def text(self) -> str:
-        """`0.9312 of the update survived, 0.8841 in model.layers.3`."""
-        if self.survived is None or self.worst is None:
-            return "the update is 0"
-        return f"{self.survived:.4f} of the update survived, {self.worst[1]:.4f} in {self.worst[0]}"
-
-
-class ExportRecord(KeptRecord):
-    """A round that was exported: as a full `checkpoint` in this dtype, or as one `lora` adapter of this rank.
-
-    `worst` is a layer of a checkpoint, a module of an adapter.
-    """
-
-    round: int
-    form: Literal["checkpoint", "lora"]
-    dtype: str
-    rank: int | None = None
-
-
-class VerifiedTensor(Record):
-    """One written tensor against W_0 + D: |D|, <change, D> / |D|^2, and its largest error in units of rounding.
-
-    A unit is half a step of the tensor's format at that entry, what rounding once can cost; `survived` is None for an
-    update of 0.
-    """
-
-    update_norm: float
-    survived: float | None
-    error: float
-
-
-class VerifyRecord(Record):
-    """What reading a folded checkpoint back found: every updated tensor, and how many others are the base's own.
-
-    `loaded`: whether transformers could be asked, and finds all of its model; it has not the class of a model with code
-    of its own.
-    """
-
-    tensors: dict[str, VerifiedTensor]
-    untouched: int
-    loaded: bool
-
-    @property
-    def error(self) -> float:
-        """The largest error of all tensors, in units of rounding."""
-        return max((t.error for t in self.tensors.values()), default=0.0)
 
 
 class RoundRecord(Record):
@@ -401,34 +175,6 @@ class RunRecord(Record):
         """All that was measured."""
         parts = (*self.branches, *self.rounds, *([self.final] if self.final else []))
         return (self.before, *(part.evaluation for part in parts if part.evaluation))
-
-
-class StateRecord(Record):
-    """Where a run stands: rounds done and planned; within the round at hand its finished branches, the one that was
-    begun with the steps that it can go on from, who works on it now, and the round that eval.final still asks.
-    """
-
-    rounds_done: int
-    rounds: int
-    branches: tuple[str, ...]
-    begun: dict[str, int]
-    at_work: str | None
-    stopped: str
-    final: int | None = None
-
-    @property
-    def line(self) -> str:
-        """The state in one line."""
-        at_work = f"at work ({self.at_work})" if self.at_work else "not at work"
-        if self.stopped and self.final is not None:
-            return f"{at_work}: {self.stopped}, eval.final is left to do"
-        if self.stopped:
-            return f"finished: {self.stopped}"
-        parts = [f"round {self.rounds_done} of {self.rounds} is done" if self.rounds_done else "no round is done yet"]
-        if self.branches:
-            parts.append(f"of round {self.rounds_done + 1} {', '.join(self.branches)}")
-        parts += [f"{name} can go on from step {step}" for name, step in self.begun.items()]
-        return f"{at_work}: {', '.join(parts)}"
 
 
 def score(evaluation: EvaluationRecord, metric: str) -> float:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from mot_lora.adapters.load import check_names
+from mot_lora.adapters.records import AdapterRecord, InspectRecord, LayerRecord
 from mot_lora.adapters.sources import check_bases, read_adapters, with_common_names
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.placement import Placement
-from mot_lora.merging.agreement import Agreement, agreement_of, by_layer, layer_record, summed
+from mot_lora.merging.agreement import Agreement, agreement_of, by_layer, summed
 from mot_lora.merging.lowrank import Adapter, Factors, spectrum
 from mot_lora.merging.merged import Merged, combine
 from mot_lora.progress import Progress, silent
-from mot_lora.records import AdapterRecord, InspectRecord, LayerRecord
 
 if TYPE_CHECKING:
     from mot_lora.adapters.sources import Source
@@ -58,13 +58,25 @@ def inspect_adapters(
         for rank in RANKS:
             tails[rank] += float(values[..., rank:].sum())
         progress("inspect", done, len(merged.shapes))
-    overall = layer_record(summed(modules.values()))
+    overall = _layer(summed(modules.values()))
     useful = [r for r in RANKS if r == 1 or tails[r // 2]]
     return InspectRecord(
         adapters=tuple(_describe(a, i, overall) for i, a in enumerate(read)),
         overall=overall,
-        layers={layer: layer_record(found) for layer, found in by_layer(modules).items()},
+        layers={layer: _layer(found) for layer, found in by_layer(modules).items()},
         lost={r: math.sqrt(tails[r] / total) if total else 0.0 for r in useful},
+    )
+
+
+def _layer(found: Agreement) -> LayerRecord:
+    """How adapters agree before they are merged, as it is recorded."""
+    norms = tuple(math.sqrt(max(row[i], 0.0)) for i, row in enumerate(found.gram))
+    size = math.sqrt(found.base_sq)
+    return LayerRecord(
+        norms=norms,
+        relative_norms=tuple(n / size for n in norms) if size else None,
+        cosine=found.cosine,
+        sign_conflict=found.sign_conflict,
     )
 
 

@@ -13,6 +13,7 @@ from peft.utils import save_and_load
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from mot_lora.adapters.records import SaveRecord
 from mot_lora.adapters.save import pack
 from mot_lora.adapters.stored import StoredAdapter
 from mot_lora.adapters.updates import updates
@@ -23,7 +24,6 @@ from mot_lora.merging.lowrank import Adapter
 from mot_lora.merging.merged import combine
 from mot_lora.merging.methods import Method
 from mot_lora.patterns import PerModule
-from mot_lora.records import SaveRecord
 
 _state_dicts = cast("Any", save_and_load)  # of a PEFT model, whose types it tells in part
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mot_lora.adapters.load import WEIGHTS_FILE, check_names
+from mot_lora.adapters.records import SaveRecord
 from mot_lora.adapters.stored import CONFIG_FILE
 from mot_lora.adapters.wrappers import PREFIX
 from mot_lora.checkpoints.tensorfile import write_tensors
@@ -20,7 +21,6 @@ from mot_lora.errors import UserError, writing
 from mot_lora.merging.lowrank import Adapter, Dense, Factors, Form, Origin, Update, inner, truncate
 from mot_lora.merging.merged import Merged, method_name, total
 from mot_lora.progress import Progress, silent
-from mot_lora.records import SaveRecord
 
 PADDING = 64 << 20  # bytes of zeros that any file may have, for one rank in all modules
 

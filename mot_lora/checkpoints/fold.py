@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mot_lora.checkpoints.checkpoint import Checkpoint, describe
 from mot_lora.checkpoints.placement import Placement
+from mot_lora.checkpoints.records import KeptRecord
 from mot_lora.checkpoints.tensorfile import TensorFile, is_finite, write_tensors
 from mot_lora.checkpoints.verify import verify_placement
 from mot_lora.durable import check_new
@@ -19,7 +20,6 @@ from mot_lora.errors import UserError, remark, writing
 from mot_lora.merging.agreement import layer_of
 from mot_lora.merging.merged import Merged
 from mot_lora.progress import Progress, silent
-from mot_lora.records import KeptRecord
 
 FORMAT = ("dtype", "torch_dtype")  # in a config; the second for readers before transformers 4.56
 BLOCK = 1 << 18  # entries that are summed, rounded and measured while they are in the cache

@@ -11,11 +11,11 @@ from torch import Tensor
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.loading import Loaded, load
 from mot_lora.checkpoints.placement import Placement
+from mot_lora.checkpoints.records import VerifiedTensor, VerifyRecord
 from mot_lora.checkpoints.tensorfile import is_finite
 from mot_lora.errors import UserError
 from mot_lora.merging.merged import Merged
 from mot_lora.progress import Progress, silent
-from mot_lora.records import VerifiedTensor, VerifyRecord
 
 SLACK = 0.01  # units of rounding that sums in fp32 may add to the rounding itself
 ROWS = 1 << 22  # entries that are compared at once

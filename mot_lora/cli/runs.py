@@ -10,8 +10,8 @@ from mot_lora.cli.options import ConfigFile, Json, Overrides, RunFolder, Student
 from mot_lora.errors import UserError
 
 if TYPE_CHECKING:
+    from mot_lora.data.records import DataRecord
     from mot_lora.planning.fit import PlanRecord
-    from mot_lora.records import DataRecord
 
 
 def run(

@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mot_lora.data.conversation import Message, tool_names, with_written_arguments
 from mot_lora.data.marks import goes_on, is_rendered, rendered_by, unrendered, without_ends, without_marks
+from mot_lora.data.records import TurnRecord
 from mot_lora.data.template_date import DATE, dated, pinned
 from mot_lora.data.tokenizer import end_ids
 from mot_lora.data.traces import Trace
 from mot_lora.data.turn import CLOSED, EMPTY_CHAIN, Turn
 from mot_lora.errors import UserError
-from mot_lora.records import TurnRecord
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mot_lora.data.cells import has
 from mot_lora.data.chat import prompt_text, turn_record, unmarked_prompt
 from mot_lora.data.encoding import segments
 from mot_lora.data.overlap import Overlap, normalized
+from mot_lora.data.records import DataRecord, TeacherDataRecord
 from mot_lora.data.rows import Row, read_rows, source_name
 from mot_lora.data.select import LONG, BadRows, Chosen, Selection, all_bad, hold_out, naming_row
 from mot_lora.data.tokenizer import check_tokens, token_ids
@@ -25,7 +26,6 @@ from mot_lora.data.traces import (
 )
 from mot_lora.errors import RowError, UserError
 from mot_lora.progress import Progress, silent
-from mot_lora.records import DataRecord, TeacherDataRecord
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora.data.chat import Template, prompt_text, stop_ids, unmarked
 from mot_lora.data.marks import ENDS, without_ends
 from mot_lora.data.reasoning import THINK, THINK_END, opens_chain
+from mot_lora.data.records import Segment
 from mot_lora.data.tokenizer import text_of_ids, token_ids
 from mot_lora.data.traces import IGNORE, Example, Trace
-from mot_lora.records import Segment
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Example:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mot_lora.merging.lowrank import Adapter, Update, inner
-from mot_lora.records import FoldRecord, LayerRecord
+from mot_lora.records import FoldRecord
 
 
 @dataclass(frozen=True)
@@ -138,18 +138,6 @@ def fold_record(found: Agreement) -> FoldRecord:
         sign_conflict=found.sign_conflict,
         cosine=found.cosine,
         opposition=found.opposition,
-    )
-
-
-def layer_record(found: Agreement) -> LayerRecord:
-    """How adapters agree before they are merged, as it is recorded."""
-    norms = tuple(math.sqrt(max(row[i], 0.0)) for i, row in enumerate(found.gram))
-    size = math.sqrt(found.base_sq)
-    return LayerRecord(
-        norms=norms,
-        relative_norms=tuple(n / size for n in norms) if size else None,
-        cosine=found.cosine,
-        sign_conflict=found.sign_conflict,
     )
 
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mot_lora.config import Config
+from mot_lora.data.records import DataRecord
 from mot_lora.planning.cards import Card
 from mot_lora.planning.need import STEP, Need, Part, TeacherPlan, Work, peak_of
-from mot_lora.records import DataRecord, Record
+from mot_lora.records import Record
 from mot_lora.text import size
 
 SHORTEST = 512  # tokens; a shorter max_length is not suggested

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from mot_lora.adapters.records import InspectRecord
 from mot_lora.errors import UserError, writing
-from mot_lora.records import InspectRecord
 
 
 def save_picture(record: InspectRecord, path: str | Path) -> None:

@@ -15,7 +15,8 @@ from mot_lora.analysis.confidence import (
     StudentConfidence,
     TokenRecord,
 )
-from mot_lora.records import DataRecord, RoundRecord, RunRecord
+from mot_lora.data.records import DataRecord
+from mot_lora.records import RoundRecord, RunRecord
 from mot_lora.reports import consensus_charts as draw
 from mot_lora.reports.figures import svg
 from mot_lora.reports.grid import Grid, Row

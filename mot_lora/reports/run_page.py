@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mot_lora.analysis.confidence import ConsensusRecord
-from mot_lora.records import Answer, DataRecord, EvaluationRecord, RoundRecord, RunRecord
+from mot_lora.data.records import DataRecord
+from mot_lora.records import Answer, EvaluationRecord, RoundRecord, RunRecord
 from mot_lora.reports import run_charts as draw
 from mot_lora.reports import run_tables
 from mot_lora.reports.consensus_page import consensus_part

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from mot_lora.records import DataRecord, EvaluationRecord, RunRecord
+from mot_lora.data.records import DataRecord
+from mot_lora.records import EvaluationRecord, RunRecord
 from mot_lora.reports.grid import Grid, Row
 
 

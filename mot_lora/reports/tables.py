@@ -12,21 +12,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mot_lora.adapters.records import InspectRecord, SaveRecord
 from mot_lora.analysis.comparison import Comparison
-from mot_lora.records import (
-    ENOUGH,
-    DataRecord,
-    ExportRecord,
-    InspectRecord,
-    KeptRecord,
-    RunRecord,
-    SaveRecord,
-    Segment,
-    VerifyRecord,
-)
+from mot_lora.checkpoints.records import ENOUGH, KeptRecord, VerifyRecord
+from mot_lora.data.records import DataRecord, Segment
+from mot_lora.records import RunRecord
 from mot_lora.reports import run_tables
 from mot_lora.reports.comparison_tables import grids
 from mot_lora.reports.grid import Grid
+from mot_lora.runs.records import ExportRecord
 from mot_lora.text import clock_time, size
 
 if TYPE_CHECKING:

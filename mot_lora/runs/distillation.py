@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.config import Config
 from mot_lora.data.dataset import Data, load_data
+from mot_lora.data.records import DataRecord
 from mot_lora.data.tokenizer import fingerprint, load_tokenizer
 from mot_lora.durable import write_record
 from mot_lora.errors import UserError, enough_memory, remark
@@ -23,7 +24,7 @@ from mot_lora.planning.cards import USUAL, Card, find_card, host_memory, this_ca
 from mot_lora.planning.fit import PlanRecord, plan, refusal
 from mot_lora.planning.need import UnplannableError, Work
 from mot_lora.progress import Progress, silent
-from mot_lora.records import DataRecord, RunRecord
+from mot_lora.records import RunRecord
 from mot_lora.runs.ledger import final_due, read_ledger, read_run
 from mot_lora.runs.loop import Evaluate, Loop, Train
 from mot_lora.runs.rundir import RunDir

@@ -13,15 +13,18 @@ from mot_lora.adapters.save import pack, write_packed
 from mot_lora.checkpoints.checkpoint import Checkpoint
 from mot_lora.checkpoints.fold import fold_placement
 from mot_lora.checkpoints.placement import Placement
+from mot_lora.checkpoints.records import KeptRecord
 from mot_lora.config import Config
+from mot_lora.data.records import TurnRecord
 from mot_lora.durable import check_new, staged
 from mot_lora.errors import UserError
 from mot_lora.merging.lowrank import Adapter, Dense
 from mot_lora.merging.merged import method_name, total
 from mot_lora.patterns import PerModule
 from mot_lora.progress import Progress, silent
-from mot_lora.records import ExportRecord, KeptRecord, RunRecord, TurnRecord
+from mot_lora.records import RunRecord
 from mot_lora.runs.ledger import open_student, read_ledger, read_run, settings
+from mot_lora.runs.records import ExportRecord
 from mot_lora.runs.rundir import RunDir
 
 

@@ -8,8 +8,9 @@ from mot_lora.config import Config
 from mot_lora.errors import UserError
 from mot_lora.merging.averages import nesterov
 from mot_lora.merging.merged import Merged, combine
-from mot_lora.records import BranchRecord, RoundRecord, RunRecord, StateRecord, score
+from mot_lora.records import BranchRecord, RoundRecord, RunRecord, score
 from mot_lora.runs.inputs import missing
+from mot_lora.runs.records import StateRecord
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training.savepoint import newest, step_of
 

@@ -25,14 +25,7 @@ from mot_lora.merging.seeds import seed_for
 from mot_lora.merging.weighting import Weighting, by_accuracy, greedily
 from mot_lora.patterns import PerModule
 from mot_lora.progress import Progress
-from mot_lora.records import (
-    Answer,
-    BranchRecord,
-    EvaluationRecord,
-    FinalRecord,
-    RoundRecord,
-    TrainRecord,
-)
+from mot_lora.records import Answer, BranchRecord, EvaluationRecord, FinalRecord, RoundRecord, TrainRecord
 from mot_lora.runs.ledger import FINAL, read_ledger, read_merges
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training.adapter import load_weights, reset_adapter

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import yaml
 
 from mot_lora.config import Config
+from mot_lora.data.records import DataRecord
 from mot_lora.durable import DamagedError, beside, check_files, read_record, write_text
 from mot_lora.errors import UserError, writing
 from mot_lora.reader import NOT_YAML, parse_config
-from mot_lora.records import BranchRecord, DataRecord, EvaluationRecord, FinalRecord, Record, RoundRecord, SealRecord
+from mot_lora.records import BranchRecord, EvaluationRecord, FinalRecord, Record, RoundRecord
 from mot_lora.runs.inputs import by_content, missing, places, relocated, resolved
 from mot_lora.training.job import Job
-from mot_lora.training.savepoint import SEAL
+from mot_lora.training.savepoint import SEAL, SealRecord
 
 R = TypeVar("R", bound=Record)
 

@@ -23,13 +23,13 @@ from mot_lora.data.traces import Example
 from mot_lora.errors import DivergedError, enough_memory
 from mot_lora.interruption import INTERRUPTS, Shield
 from mot_lora.progress import Progress, silent
-from mot_lora.records import SealRecord, TrainRecord
+from mot_lora.records import TrainRecord
 from mot_lora.training.job import Job
 from mot_lora.training.liger import fused, uses_liger
 from mot_lora.training.lora import one_product
 from mot_lora.training.loss import inputs_as_they_are
 from mot_lora.training.offload import Offload, capacity, kept_bytes, offloads
-from mot_lora.training.savepoint import SCHEDULE, discard, newest
+from mot_lora.training.savepoint import SCHEDULE, SealRecord, discard, newest
 from mot_lora.training.trainer import BranchTrainer, Track, Watch
 
 
@@ -88,7 +88,7 @@ def train(
 
 
 def _state(folder: Path, settings: BranchConfig) -> tuple[Path, SealRecord] | None:
-    """The state to resume from. One of another learning rate or schedule, which its optimizer would keep, is deleted."""
+    """The state to resume from. One of another learning rate or schedule, which an optimizer keeps, is deleted."""
     saved = newest(folder)
     if saved and (saved[1].learning_rate, saved[1].schedule) != (settings.learning_rate, SCHEDULE):
         discard(folder.glob("checkpoint-*"))

@@ -9,10 +9,22 @@ import numpy as np
 import torch
 
 from mot_lora.durable import check_files, read_record, sha256, sync, write_record
-from mot_lora.records import SealRecord
+from mot_lora.records import Record
 
 SEAL = "sealed.json"  # a checkpoint is complete if it has this record
 SCHEDULE = 2  # version of the learning rate's schedule, `rate_share`; version 1 started with a step at rate 0
+
+
+class SealRecord(Record):
+    """A state within a branch, whole: the sha256 of its files, its learning rate and that one's schedule; tokens and
+    seconds that it took.
+    """
+
+    files: dict[str, str]
+    learning_rate: float
+    schedule: int = 1
+    tokens: int
+    seconds: float
 
 
 def seal(checkpoint: Path, learning_rate: float, tokens: int, seconds: float) -> None:

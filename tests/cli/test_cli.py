@@ -20,7 +20,8 @@ from conftest import refused, stored
 import mot_lora
 from mot_lora.config import Config
 from mot_lora.reader import load_config
-from mot_lora.records import ExportRecord, RunRecord
+from mot_lora.records import RunRecord
+from mot_lora.runs.records import ExportRecord
 from mot_lora.settings import keys, template
 
 MakeConfig = Callable[..., Config]

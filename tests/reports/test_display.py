@@ -21,8 +21,8 @@ from nbclient import NotebookClient
 from rich.cells import cell_len
 from rich.console import Console
 
+from mot_lora.data.records import DataRecord, Segment, TeacherDataRecord
 from mot_lora.progress import Progress
-from mot_lora.records import DataRecord, Segment, TeacherDataRecord
 from mot_lora.reports.display import Work, live, screen
 from mot_lora.reports.tables import SAMPLE, data_tables
 from mot_lora.text import BLOCKS, sparkline

@@ -14,18 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mot_lora.records import (
-    Answer,
-    BranchRecord,
-    DataRecord,
-    EvaluationRecord,
-    FoldRecord,
-    RoundRecord,
-    RunRecord,
-    Segment,
-    TeacherDataRecord,
-    TrainRecord,
-)
+from mot_lora.data.records import DataRecord, Segment, TeacherDataRecord
+from mot_lora.records import Answer, BranchRecord, EvaluationRecord, FoldRecord, RoundRecord, RunRecord, TrainRecord
 from mot_lora.reports.passages import LONG
 from mot_lora.reports.run_page import Page, report
 from mot_lora.reports.run_tables import results

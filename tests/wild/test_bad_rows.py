@@ -15,11 +15,11 @@ from wild import jsonl, recipe, rows, student
 from mot_lora.config import Config, TeacherConfig
 from mot_lora.data.dataset import load_data
 from mot_lora.data.overlap import Overlap
+from mot_lora.data.records import DataRecord
 from mot_lora.data.select import Selection
 from mot_lora.data.tokenizer import load_tokenizer
 from mot_lora.errors import UserError
 from mot_lora.reader import parse_config
-from mot_lora.records import DataRecord
 
 GOOD = [{"question": f"{i}+1?", "response": f"<think>add</think>{i + 1}", "answer": str(i + 1)} for i in range(20)]
 TALKS = [

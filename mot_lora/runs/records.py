@@ -1,0 +1,46 @@
+"""What is known of a run from outside: where it stands, and what was exported."""
+
+from typing import Literal
+
+from mot_lora.checkpoints.records import KeptRecord
+from mot_lora.records import Record
+
+
+class ExportRecord(KeptRecord):
+    """A round that was exported: as a full `checkpoint` in this dtype, or as one `lora` adapter of this rank.
+
+    `worst` is a layer of a checkpoint, a module of an adapter.
+    """
+
+    round: int
+    form: Literal["checkpoint", "lora"]
+    dtype: str
+    rank: int | None = None
+
+
+class StateRecord(Record):
+    """Where a run stands: rounds done and planned; within the round at hand its finished branches, the one that was
+    begun with the steps that it can go on from, who works on it now, and the round that eval.final still asks.
+    """
+
+    rounds_done: int
+    rounds: int
+    branches: tuple[str, ...]
+    begun: dict[str, int]
+    at_work: str | None
+    stopped: str
+    final: int | None = None
+
+    @property
+    def line(self) -> str:
+        """The state in one line."""
+        at_work = f"at work ({self.at_work})" if self.at_work else "not at work"
+        if self.stopped and self.final is not None:
+            return f"{at_work}: {self.stopped}, eval.final is left to do"
+        if self.stopped:
+            return f"finished: {self.stopped}"
+        parts = [f"round {self.rounds_done} of {self.rounds} is done" if self.rounds_done else "no round is done yet"]
+        if self.branches:
+            parts.append(f"of round {self.rounds_done + 1} {', '.join(self.branches)}")
+        parts += [f"{name} can go on from step {step}" for name, step in self.begun.items()]
+        return f"{at_work}: {', '.join(parts)}"
