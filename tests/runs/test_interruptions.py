@@ -247,7 +247,7 @@ def _ignore_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
 def test_the_installed_command_says_how_to_go_on(
     tiny: Callable[..., Config], tmp_path: Path, number: signal.Signals
 ) -> None:
