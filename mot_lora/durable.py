@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ def staged(path: Path) -> Generator[Path]:
             sync(partial)
             if path.exists():  # without its record it was not finished
                 shutil.rmtree(path)
-            partial.rename(path)
+            move(partial, path)
             sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -81,9 +82,9 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
             sync(partial)
-            partial.rename(path)
+            move(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         sync(path.parent)
@@ -136,9 +137,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def move(path: Path, to: Path) -> None:
+    """Give a file or folder another name; a file takes the place of one that is there.
+
+    Windows refuses it while another program, such as a virus scanner, reads what was just written: it is asked again.
+    """
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8):
+        try:
+            path.replace(to)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    path.replace(to)
+
+
 def sync(path: Path) -> None:
-    """Have a file or folder on the disk itself."""
-    fd = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk; a folder only where it can be opened, which Windows does not allow."""
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR  # Windows flushes only what is open for writing
+    try:
+        fd = os.open(path, flags)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(fd)
     finally:

@@ -8,17 +8,21 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
-"""What a signal is raised as: Ctrl-C as the first, SIGTERM and SIGHUP as SystemExit(128 + signal)."""
+"""What a signal is raised as: Ctrl-C as the first, those of `ENDING` as SystemExit(128 + signal)."""
+
+# SIGHUP is not known to Windows, where SIGBREAK comes of Ctrl-Break and of a window that is closed
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+"""The signals that ask a process to end."""
 
 
 @contextmanager
 def signals_raise() -> Generator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, by an exception, so that what can be saved is."""
+    """Signals that ask for an end end the block as Ctrl-C does, by an exception, so that what can be saved is."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
         raise SystemExit(128 + number)
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    before = {s: signal.getsignal(s) for s in ENDING}
     for number, handler in before.items():
         if handler == signal.SIG_DFL:  # nohup ignores SIGHUP, and means it
             signal.signal(number, end)
@@ -46,7 +50,7 @@ class Shield:
 
     def __enter__(self) -> "Shield":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, *ENDING):
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._before[number] = handler

@@ -17,6 +17,7 @@ from mot_lora.adapters.records import SaveRecord
 from mot_lora.adapters.stored import CONFIG_FILE
 from mot_lora.adapters.wrappers import PREFIX
 from mot_lora.checkpoints.tensorfile import write_tensors
+from mot_lora.durable import move
 from mot_lora.errors import UserError, writing
 from mot_lora.merging.lowrank import Adapter, Dense, Factors, Form, Origin, Update, inner, truncate
 from mot_lora.merging.merged import Merged, method_name, total
@@ -65,13 +66,13 @@ def write_packed(packed: Packed, path: Path) -> None:
         write_tensors(to, entries, packed.tensors.items())
 
     def write_config(to: Path) -> None:
-        to.write_text(json.dumps(packed.config, indent=2) + "\n", encoding="utf-8")
+        to.write_text(json.dumps(packed.config, indent=2) + "\n", encoding="utf-8", newline="\n")
 
     for name, write in ((WEIGHTS_FILE, write_weights), (CONFIG_FILE, write_config)):
         partial = path / f".{name}.partial"
         try:
             write(partial)
-            partial.replace(path / name)
+            move(partial, path / name)
         finally:
             partial.unlink(missing_ok=True)
 

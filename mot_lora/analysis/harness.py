@@ -182,7 +182,7 @@ def _keep(chosen: Chosen, results: Sequence[TaskRecord]) -> HarnessRecord:
     new = HarnessRecord(round=chosen.round, student=sha256("".join(made).encode()).hexdigest()[:16])
     old = read_record(file, HarnessRecord)
     if old and old.student != new.student:
-        file.rename(durable.beside(file))
+        durable.move(file, durable.beside(file))
         old = None
     record = (old or new).including(results)
     write_record(file, record)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,14 +151,15 @@ class Checkpoint:
     @contextmanager
     def alone(self) -> Generator[Path]:
         """A folder of links in which any loader finds this model and nothing else."""
-        with tempfile.TemporaryDirectory(prefix="mot-lora-") as parent:
+        # Windows does not delete what is still read, and it may be, by a loader that maps it
+        with tempfile.TemporaryDirectory(prefix="mot-lora-", ignore_cleanup_errors=True) as parent:
             folder = Path(parent) / self.path.absolute().name  # by which transformers keeps the code of a model
             folder.mkdir()
             for file in self.companions:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (folder / file).symlink_to((self.path / file).absolute())
+                _link(folder / file, self.path / file)
             for shard in self.weights.shards:
-                (folder / shard.name).symlink_to(shard.absolute())
+                _link(folder / shard.name, shard)
             size = sum(file.entries[name].end - file.entries[name].start for name, file in self.files.items())
             describe(folder, self.config, {name: file.path.name for name, file in self.files.items()}, size)
             yield folder
@@ -200,7 +202,18 @@ class Checkpoint:
 
 def describe(folder: Path, config: Mapping[str, Any], where: Mapping[str, str], size: int) -> None:
     """Write a model folder's config, and an index of which file holds each tensor unless one holds all."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
     if set(where.values()) != {SINGLE_FILE}:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _link(link: Path, to: Path) -> None:
+    """A file under another name; a copy where the system allows no links, as Windows outside its developer mode."""
+    try:
+        link.symlink_to(to.absolute())
+    except OSError:
+        try:
+            link.hardlink_to(to.resolve())
+        except OSError:  # on another disk
+            shutil.copyfile(to, link)

@@ -15,7 +15,7 @@ from mot_lora.checkpoints.placement import Placement
 from mot_lora.checkpoints.records import KeptRecord
 from mot_lora.checkpoints.tensorfile import TensorFile, is_finite, write_tensors
 from mot_lora.checkpoints.verify import verify_placement
-from mot_lora.durable import check_new
+from mot_lora.durable import check_new, move
 from mot_lora.errors import UserError, remark, writing
 from mot_lora.merging.agreement import layer_of
 from mot_lora.merging.merged import Merged
@@ -70,12 +70,12 @@ def fold_placement(
             kept = _write(placement, partial, progress)
             written = texts(kept) if texts else dict[str, str]()
             for file, text in written.items():
-                (partial / file).write_text(text, encoding="utf-8")
+                (partial / file).write_text(text, encoding="utf-8", newline="\n")
             if verify:
                 verify_placement(placement, partial, progress)
             if out.exists():
                 out.rmdir()
-            partial.rename(out)
+            move(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return kept

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Entry:
 class TensorFile:
     """An open safetensors file: reads tensors by name and gives their pages back.
 
-    What was opened stays readable, even when the file is replaced or removed.
+    What was opened stays readable, even when the file is replaced or removed; Windows lets neither happen before it is
+    closed, with the last reference to it.
 
     Errors: UserError, which names the file, when it is missing, damaged or not safetensors.
 
@@ -69,12 +71,13 @@ class TensorFile:
         try:
             with safe_open(self.path, "pt"):  # the library's own checks of the header
                 pass
-            self._fd = os.open(self.path, os.O_RDONLY)
+            self._file = self.path.open("rb", buffering=0)
         except Exception as e:  # safetensors raises its own and OSError alike
             raise UserError(f"{self.path}: missing, damaged or not safetensors ({e}); copy or download it again") from e
-        weakref.finalize(self, os.close, self._fd)
-        (length,) = struct.unpack("<Q", os.pread(self._fd, 8, 0))
-        header: dict[str, Any] = json.loads(os.pread(self._fd, length, 8))
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()  # to seek and read is one: not every system can read at a place
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        header: dict[str, Any] = json.loads(self._file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self.entries: dict[str, Entry] = {}
         for name, e in header.items():
@@ -97,22 +100,29 @@ class TensorFile:
         entry = self.entries[name]
         last = max(entry.end - PIECE, entry.start)
         places = (entry.start, (entry.start + last) // 2, last)
-        return b"".join(os.pread(self._fd, min(PIECE, entry.end - at), at) for at in places)
+        pieces = [bytearray(min(PIECE, entry.end - at)) for at in places]
+        for piece, at in zip(pieces, places, strict=True):
+            self._fill(memoryview(piece), at, name)
+        return b"".join(pieces)
 
     def _read(self, entry: Entry, name: str, pinned: bool = False) -> Tensor:
         size = (entry.end - entry.start) // entry.dtype.itemsize
         tensor = torch.empty(size, dtype=entry.dtype, pin_memory=pinned)
-        left = _bytes(tensor)
-        at = entry.start
+        self._fill(_bytes(tensor), entry.start, name)
+        return tensor
+
+    def _fill(self, left: memoryview, at: int, name: str) -> None:
+        """Fill memory with what begins at a place of the file."""
         while len(left):  # one read takes at most 2 GiB
             try:
-                count = os.preadv(self._fd, [left], at)
+                with self._lock:
+                    self._file.seek(at)
+                    count = self._file.readinto(left)
             except OSError as e:
                 raise UserError(f"{self.path}: {name} cannot be read ({e.strerror}); is its disk well?") from e
             if not count:
                 raise UserError(f"{self.path}: {name} is cut off; the file was shortened while it was read")
             left, at = left[count:], at + count
-        return tensor
 
     def not_finite(self) -> str | None:
         """The first tensor that holds an infinity or a NaN; None when none does."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
 from mot_lora.errors import UserError
@@ -103,7 +103,8 @@ def _is_there(file: Path) -> bool:
 
 def _inside(file: object, by: str) -> str:
     """A file's name as an index or a config may give it. Errors: UserError for one that leaves the folder."""
-    path = PurePosixPath(str(file))
-    if not isinstance(file, str) or path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+    paths = PurePosixPath(str(file)), PureWindowsPath(str(file))
+    leaves = any(path.anchor or ".." in path.parts for path in paths)
+    if not isinstance(file, str) or leaves or paths[0].suffix != ".safetensors":
         raise UserError(f"{by} names {file!r}, which is no .safetensors file of its folder")
     return file

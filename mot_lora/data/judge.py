@@ -52,13 +52,14 @@ def equal(gold: str, answer: str) -> bool:
 
 def _start() -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-P", "-W", "ignore", "-m", "mot_lora.data.judge", str(SECONDS), str(MEMORY)],
+        [sys.executable, "-P", "-X", "utf8", "-W", "ignore", "-m", "mot_lora.data.judge", str(SECONDS), str(MEMORY)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="utf-8",
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
         start_new_session=True,  # a Ctrl-C of the terminal is the parent's
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
     )
     try:
         if (said := _hear(process)) != "ready":
@@ -81,13 +82,13 @@ def _ask(process: subprocess.Popen[str], pair: list[str]) -> str:
         process.stdin.write(json.dumps(pair) + "\n")
         process.stdin.flush()
         return _hear(process)
-    except BrokenPipeError:
+    except OSError:  # a broken pipe, which Windows calls an invalid argument
         return ""
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    with suppress(BrokenPipeError):  # what was not yet written to it
+    with suppress(OSError):  # what was not yet written to it
         process.communicate()
 
 
@@ -123,7 +124,7 @@ def serve(seconds: float, memory: int) -> None:
         print(" ".join(f"{type(e).__name__}: {e}".split())[:300], file=answers, flush=True)
         return
     print("ready", file=answers, flush=True)
-    with Path(os.devnull).open("w") as nowhere:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         for line in sys.stdin:
             # ends the process from a thread that needs no lock of the interpreter's
             faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)

@@ -158,7 +158,7 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
     """The limit of each control group of this process and its usage without reclaimable cache, in bytes."""
     if not (groups := root / "proc/self/cgroup").exists():
         return
-    for line in groups.read_text().splitlines():  # number:controllers:/path; version 2 lists no controllers
+    for line in _text(groups).splitlines():  # number:controllers:/path; version 2 lists no controllers
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -166,7 +166,11 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
         place = PurePosixPath(path.lstrip("/"))
         # a container sees only its own group, at the top, whatever its name outside
         for folder in (root / mount / group for mount in mounts for group in (place, *place.parents)):
-            if (folder / most).exists() and (limit := (folder / most).read_text().strip()) != "max":
-                rows = (row.split() for row in (folder / "memory.stat").read_text().splitlines())
+            if (folder / most).exists() and (limit := _text(folder / most)) != "max":
+                rows = (row.split() for row in _text(folder / "memory.stat").splitlines())
                 cached = next((int(count) for key, count in rows if key == cache), 0)
-                yield int(limit), int((folder / current).read_text()) - cached
+                yield int(limit), int(_text(folder / current)) - cached
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip()

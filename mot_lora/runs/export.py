@@ -97,7 +97,7 @@ def export_adapter(
     with staged(out) as folder:
         write_packed(packed, folder)
         card = model_card(chosen, f"As this adapter of the base, of rank {saved.rank}, {kept.text}.", "peft")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
     return ExportRecord(round=chosen.round, form="lora", dtype="float32", rank=saved.rank, **kept.model_dump())
 
 

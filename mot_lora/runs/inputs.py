@@ -1,13 +1,17 @@
 """A run's inputs, its student and data, identified by content instead of by path."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from mot_lora.config import Config
 from mot_lora.data.rows import source_name
 from mot_lora.reader import absolute, at_places
+
+CACHED = re.compile(r"[/\\]((?:models|datasets)--.*)")  # a place in the Hub's cache, after the folder of the cache
 
 
 def by_content(config: Config, fingerprints: Mapping[str, str]) -> dict[str, Any]:
@@ -82,14 +86,13 @@ def _with_places(config: Config, change: Callable[[str, str], str]) -> Config:
 def _relocated(place: str, was: Path | None, now: Path) -> str:
     if not _is_missing(place):
         return place
-    moved = [os.path.normpath(now / os.path.relpath(place, was))] if was else []
-    _, cached, inside = place.partition("/models--")
-    if not cached:
-        _, cached, inside = place.partition("/datasets--")
-    if cached:
+    moved = list[str]()
+    with suppress(ValueError):  # on Windows, from one drive to another there is no way
+        moved += [os.path.normpath(now / os.path.relpath(place, was))] if was else []
+    if cached := CACHED.search(place):
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        moved.append(f"{HF_HUB_CACHE}{cached}{inside}")
+        moved.append(os.path.normpath(f"{HF_HUB_CACHE}/{cached[1]}"))
     return next((path for path in moved if os.path.exists(path)), place)  # noqa: PTH110
 
 

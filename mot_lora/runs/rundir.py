@@ -1,21 +1,22 @@
 """A run on disk: the paths of its files, what is finished, checks and repair, and the lock."""
 
-import fcntl
 import json
 import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from filelock import FileLock, Timeout
+from psutil import pid_exists
 
 from mot_lora.config import Config
 from mot_lora.data.records import DataRecord
-from mot_lora.durable import DamagedError, beside, check_files, read_record, write_text
+from mot_lora.durable import DamagedError, beside, check_files, move, read_record, write_text
 from mot_lora.errors import UserError, writing
 from mot_lora.reader import NOT_YAML, parse_config
 from mot_lora.records import BranchRecord, EvaluationRecord, FinalRecord, Record, RoundRecord
@@ -27,7 +28,8 @@ R = TypeVar("R", bound=Record)
 
 FORMAT = 1  # version of the run folder; newer ones are refused
 # Files that a run killed while starting can have left.
-BEGUN = {"run.lock", "environment.json", "data.json"}
+BEGUN = {"run.lock", "run.process", "environment.json", "data.json"}
+MOMENT = 0.2  # seconds that a check of the lock may hold it
 CPUS = re.compile(r"cpu|x86_64|i\d86|aarch64|arm.*|(amd|intel)64.*", re.IGNORECASE)  # names from Python's platform
 # Settings that may change when a run is resumed: they leave finished branches and rounds valid, and change the rest by
 # rounding at most.
@@ -190,7 +192,7 @@ class RunDir:
                 for path in self._built_on(e.path):
                     target = beside(aside / path.relative_to(self.path))
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    path.rename(target)
+                    move(path, target)
 
     def _built_on(self, path: Path) -> list[Path]:
         """The files that become invalid with `path`: whole branches, and all later rounds."""
@@ -264,15 +266,16 @@ class RunDir:
 
     def at_work(self) -> str | None:
         """The process that works in the folder now, and its host."""
+        if not (file := self.path / "run.lock").exists():
+            return None
         try:
-            with (self.path / "run.lock").open(encoding="utf-8") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except OSError:
-                    return file.read().strip()
-        except OSError:  # no lock was ever taken
-            pass
-        return None
+            with FileLock(file, timeout=MOMENT):
+                return None
+        except Timeout:
+            return self._holder()
+        except OSError:  # a folder that may only be read, whose lock cannot be tried
+            found = re.match(r"process (\d+) on (.*)", self._holder())
+            return found[0] if found and found[2] == socket.gethostname() and pid_exists(int(found[1])) else None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -286,17 +289,21 @@ class RunDir:
             raise UserError(f"{self.path}: holds something that is not a run; choose another `output`")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "run.lock").open("a+", encoding="utf-8")
-        with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                file.seek(0)
-                raise UserError(f"{self.path}: another run is at work here ({file.read().strip()})") from e
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+                held = FileLock(self.path / "run.lock", timeout=MOMENT).acquire()
+            except Timeout as e:
+                raise UserError(f"{self.path}: another run is at work here ({self._holder()})") from e
+        with held:
+            # apart from the lock, which Windows lets nobody else read
+            write_text(self.path / "run.process", f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
+
+    def _holder(self) -> str:
+        """Who took the lock last, as it wrote; the version before wrote it into the lock itself."""
+        said = self.path / "run.process"
+        with suppress(OSError):  # not there yet, or Windows holds the lock from being read
+            return (said if said.exists() else self.path / "run.lock").read_text(encoding="utf-8").strip()
+        return "a process that just began"
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

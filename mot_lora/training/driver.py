@@ -17,14 +17,14 @@ def driver_version(root: Path = Path("/")) -> str | None:
     """
     file = root / "proc/driver/nvidia/version"
     if file.exists() and list(root.glob("dev/nvidia[0-9]*")):
-        return _version(file.read_text(errors="replace"))
+        return _version(file.read_text(encoding="utf-8", errors="replace"))
     smi = shutil.which("nvidia-smi")  # Windows, and its subsystem for Linux
     if smi is None:
         return None
     command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        said = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20, check=True).stdout
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return _version(said)
 

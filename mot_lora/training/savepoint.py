@@ -29,7 +29,8 @@ class SealRecord(Record):
 
 def seal(checkpoint: Path, learning_rate: float, tokens: int, seconds: float) -> None:
     """Mark a checkpoint as complete, by a record of its files' checksums that is written last; delete older ones."""
-    files = {str(f.relative_to(checkpoint)): f for f in sorted(checkpoint.rglob("*")) if f.is_file() and f.name != SEAL}
+    found = [f for f in sorted(checkpoint.rglob("*")) if f.is_file() and f.name != SEAL]
+    files = {f.relative_to(checkpoint).as_posix(): f for f in found}
     for file in (*files.values(), checkpoint):  # in a power cut the seal must not survive without them
         sync(file)
     checksums = {name: sha256(f) for name, f in files.items()}

@@ -259,7 +259,7 @@ def test_a_disk_that_gives_an_error_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
     file = TensorFile(tmp_path / "a.safetensors")
     pipe, other = os.pipe()
-    os.dup2(pipe, file._fd)  # from here on the system refuses to read at a place
+    os.dup2(pipe, file._file.fileno())  # from here on the system refuses to read at a place
     for end in (pipe, other):
         os.close(end)
     with pytest.raises(UserError, match=r"a\.safetensors: a cannot be read \(Illegal seek\)"):

@@ -396,7 +396,7 @@ def test_a_second_process_is_refused_and_a_dead_one_does_not_bar_the_way(
     assert first.end() == KILL
     assert read_state(RunDir(run)).at_work is None
     third = start(tiny(str(run), {"steps": 500}))
-    third.when(lambda: f"process {third.process.pid} " in (run / "run.lock").read_text(), signal.SIGKILL)
+    third.when(lambda: f"process {third.process.pid} " in (run / "run.process").read_text(), signal.SIGKILL)
     assert third.end() == KILL
 
 
@@ -409,12 +409,12 @@ def test_other_settings_data_or_base_are_refused_by_name(
     student = shutil.copytree(qwen3, tmp_path / "student")
     config = tiny(str(tmp_path / "run"), {"steps": 1}, student=str(student))
     assert start(config).end() == DONE
-    before = tree(tmp_path / "run", "run.lock")
+    before = tree(tmp_path / "run", "run.lock", "run.process")
 
     def refused(*overrides: str) -> str:
         with pytest.raises(UserError) as e:
             run(load_config(file, overrides))
-        assert tree(tmp_path / "run", "run.lock") == before
+        assert tree(tmp_path / "run", "run.lock", "run.process") == before
         return one_line(str(e.value))
 
     file = tmp_path / "config.yaml"
@@ -508,7 +508,7 @@ DAMAGE: list[tuple[str, list[str]]] = [
     ("before.answers.jsonl", ["before.answers.jsonl", "before.json"]),
 ]
 MADE_AGAIN = ("round-001/round.json", "before.json", "environment.json")
-UNSURE = ("run.lock", "data.json", "config.yaml", "report.html", "environment.json")
+UNSURE = ("run.lock", "run.process", "data.json", "config.yaml", "report.html", "environment.json")
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
             holder.send_signal(signal.SIGKILL)
             holder.wait()
     with RunDir(run).lock():
-        said = (run / "run.lock").read_text()
+        said = (run / "run.process").read_text()
         assert said == f"process {os.getpid()} on {socket.gethostname()}\n"
     with RunDir(run).lock():  # and it is let go of
         pass
@@ -237,7 +237,8 @@ def test_a_run_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path, made
         assert not isinstance(e.value, DamagedError)
     with pytest.raises(UserError, match="newer"), run.lock():
         run.begin(config(), INPUTS)
-    (tmp_path / "run.lock").unlink()
+    for file in tmp_path.glob("run.*"):
+        file.unlink()
     assert files_of(tmp_path) == before
 
 

@@ -1,0 +1,56 @@
+"""The package without what only Unix has (see as_on_windows.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import files_of, stored
+
+from mot_lora import run
+from mot_lora.reader import load_config
+
+PROGRAM = Path(__file__).with_name("as_on_windows.py")
+
+
+def on_windows(*commands: list[Any]) -> subprocess.CompletedProcess[str]:
+    """Commands, one after the other, in one process whose console is Windows' too."""
+    words = [[str(word) for word in command] for command in commands]
+    return subprocess.run(
+        [sys.executable, "-X", "warn_default_encoding", PROGRAM, json.dumps(words)],
+        capture_output=True,
+        encoding="cp1252",
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        check=False,
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Windows is played on Linux")
+def test_a_run_and_all_that_is_made_of_it(config_file: Path, tmp_path: Path) -> None:
+    output, same = tmp_path / "run", tmp_path / "same"
+    config = ["run", config_file, "-q", "branch.save_steps=1"]
+    branches = [output / "round-001" / teacher for teacher in "ab"]
+    done = on_windows(
+        ["init", tmp_path / "new.yaml"],
+        ["data", config_file],
+        [*config, f"output={output}"],
+        [*config, f"output={output}", "rounds=2"],  # gone on with
+        ["show", output],
+        ["report", output],
+        ["export", output, "--round", 2, "--out", tmp_path / "student"],
+        ["merge", *branches, "--out", tmp_path / "merged"],
+        ["fold", load_config(config_file).student, tmp_path / "merged", "--out", tmp_path / "folded"],
+        ["inspect", tmp_path / "merged"],
+        ["plan", config_file, "--card", "RTX 4090"],
+    )
+    assert done.returncode == 0, done.stderr
+    run(load_config(config_file, [f"output={same}", "branch.save_steps=1", "rounds=2"]))
+    for teacher in "ab":
+        for file in ("adapter_model.safetensors", "adapter_config.json", "answers.jsonl"):
+            parts = "round-002", teacher, file
+            assert output.joinpath(*parts).read_bytes() == same.joinpath(*parts).read_bytes(), parts
+    assert stored(tmp_path / "folded").keys() == stored(tmp_path / "student").keys()
+    assert not [name for name in files_of(tmp_path) if ".partial" in name]
