@@ -7,10 +7,12 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from mot_lora.data.column_names import ABOUT
+
+LONGEST = 60  # characters of a name that a message shows
 
 
 def is_empty(value: Any) -> bool:
@@ -122,6 +124,18 @@ def at(row: Mapping[str, Any], name: str) -> Any:
 def has(row: Mapping[str, Any], name: str) -> bool:
     """Whether a row has a column of this name, which may be empty, or its cells hold something of a dotted one."""
     return name in row or at(row, name) is not None
+
+
+def first_names(names: Iterable[Any], most: int = 20) -> str:
+    """The first of the names that a row has, and how many others: some files are one object of a thousand names.
+
+    >>> first_names(["a", "b", "c"], most=2), first_names([])
+    ('a, b and 1 more', 'no columns')
+    """
+    names = list(names)
+    short = (name if len(name) <= LONGEST else name[:LONGEST] + "…" for name in map(str, names[:most]))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(" ".join(name.split()) for name in short) + more or "no columns"
 
 
 def kind(value: Any) -> str:

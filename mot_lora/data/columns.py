@@ -15,6 +15,7 @@ from mot_lora.data.cells import (
     as_text,
     at,
     first_filled,
+    first_names,
     has,
     is_broken,
     is_empty,
@@ -75,7 +76,7 @@ class RowReader:
 
     @property
     def listed(self) -> str:
-        return ", ".join(map(str, self.row)) or "no columns"
+        return first_names(self.row)
 
     @cached_property
     def filled(self) -> dict[str, Any]:

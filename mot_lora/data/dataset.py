@@ -11,7 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from mot_lora.config import Config, DataConfig, TeacherConfig
-from mot_lora.data.cells import has
+from mot_lora.data.cells import first_names, has
 from mot_lora.data.chat import prompt_text, turn_record, unmarked_prompt
 from mot_lora.data.encoding import segments
 from mot_lora.data.overlap import Overlap, normalized
@@ -199,7 +199,7 @@ def _read(settings: DataConfig, source: str, fingerprints: dict[str, str], bad: 
         bad.add(error)
     for role, column in settings.columns.items():
         if not any(has(row, column) for _, row in rows):
-            names = ", ".join(dict.fromkeys(str(name) for _, row in rows for name in row))
+            names = first_names(dict.fromkeys(name for _, row in rows for name in row))
             raise UserError(f"{source}: `columns` takes {role} from `{column}`, but it has {names}")
     fingerprints[source_name(source, settings.subset, settings.split)] = fingerprint(rows)
     return rows

@@ -6,8 +6,13 @@ the Hub, it reads.
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
@@ -27,8 +32,9 @@ def read_rows(
 ) -> list[Row]:
     """All rows of a file, a folder or a Hub dataset; what a file holds is told by its name.
 
-    Files: .jsonl, .json (a list of objects, or lines), .csv, .tsv, each also with .gz, and .parquet. A folder is one of
-    `save_to_disk`, or of data files. `split` and `subset` choose within a dataset; the split is `train` unless given.
+    Files: .jsonl and .json (lines or a list of objects, both), .csv, .tsv, each also with .gz, and .parquet. A folder
+    is one of `save_to_disk`, or of data files. `split` and `subset` choose within a dataset; the split is
+    `train` unless given.
     `reasoning_gym:TASK` or `reasoning_gym:TASK:50` are generated problems, a hundred unless told, always the same.
 
     Errors: UserError, which names the file, and the line where there is one. What is no row goes into `bad` instead,
@@ -102,9 +108,14 @@ def _text(path: Path) -> str:
     return (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8-sig")
 
 
-def _lines(path: Path) -> Iterator[Row | RowError]:
+def _jsonl(path: Path) -> Iterator[Row | RowError]:
+    text = _text(path)
+    return (_json if LIST.match(text) else _lines)(path, text)
+
+
+def _lines(path: Path, text: str) -> Iterator[Row | RowError]:
     # "\n" alone ends a row: str.splitlines would also cut at signs that JSON allows within a text
-    *lines, last = _text(path).split("\n")
+    *lines, last = text.split("\n")
     for number, line in enumerate((*lines, last), 1):
         if line.strip():
             yield _line(line, f"{path}:{number}", cut=number > len(lines) > 0)
@@ -123,13 +134,12 @@ def _line(text: str, where: str, cut: bool) -> Row | RowError:
     return RowError(where, message, "not JSON")
 
 
-def _json(path: Path) -> Iterator[Row | RowError]:
-    text = _text(path)
+def _json(path: Path, text: str) -> Iterator[Row | RowError]:
     try:
         whole: Any = json.loads(text)
     except json.JSONDecodeError as e:
         if e.msg == "Extra data":  # many a .json holds lines
-            yield from _lines(path)
+            yield from _lines(path, text)
             return
         where = f"{path}:{e.lineno}" if text.strip() else str(path)
         raise UserError(f"{where}: {f'not JSON ({e.msg})' if text.strip() else 'holds no rows'}") from e
@@ -203,18 +213,28 @@ def _read_dataset(name: str, split: str | None, subset: str | None) -> list[Row]
 
 
 def _read_gym(source: str) -> list[Row]:
-    try:
-        reasoning_gym = import_module("reasoning_gym")
-    except ImportError as e:
-        raise UserError(f"{source}: needs reasoning-gym: pip install 'mot-lora[eval]'") from e
+    if not importlib.util.find_spec("reasoning_gym"):
+        raise UserError(f"{source}: needs reasoning-gym: pip install 'mot-lora[eval]'")
     task, _, size = source.removeprefix(GYM).partition(":")
     if size and not (size.isdecimal() and 0 < int(size) < 10**6):
         raise UserError(f"{source}: write reasoning_gym:TASK, or reasoning_gym:TASK:NUMBER for so many problems")
-    try:
-        problems: Any = reasoning_gym.create_dataset(task, size=int(size or GYM_SIZE), seed=0)
-    except Exception as e:  # of a task that does not exist, or needs settings
-        raise UserError(f"{source}: no task of reasoning-gym ({_first_line(e)})") from e
-    return [(f"{source}[{i}]", {"question": p["question"], "answer": str(p["answer"])}) for i, p in enumerate(problems)]
+    # some tasks follow the order of sets, or draw from `random` itself: in a process of their own they stay the same
+    command = [sys.executable, "-P", "-c", GYM_PROCESS, task, size or str(GYM_SIZE)]
+    made = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if made.returncode:
+        what = next(iter(made.stderr.strip().splitlines()[-1:]), "it ended without a word").partition(": ")
+        raise UserError(f"{source}: no task of reasoning-gym ({what[2] or what[0]})")
+    problems: list[tuple[str, Any]] = json.loads(made.stdout.splitlines()[-1])
+    if all(answer is None for _, answer in problems):
+        raise UserError(f"{source}: its problems have no right answer to compare with; take another task")
+    return [(f"{source}[{i}]", {"question": q, "answer": a}) for i, (q, a) in enumerate(problems)]
 
 
 def _first_line(e: Exception) -> str:
@@ -222,13 +242,23 @@ def _first_line(e: Exception) -> str:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | RowError]]] = {
-    ".jsonl": _lines,
-    ".ndjson": _lines,
-    ".json": _json,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": lambda path: _json(path, _text(path)),
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
 }
 GYM_SIZE = 100
+GYM_PROCESS = """
+import json, random, sys
+import reasoning_gym
+random.seed(0)
+problems = reasoning_gym.create_dataset(sys.argv[1], size=int(sys.argv[2]), seed=0)
+found = [(p["question"], None if p["answer"] is None else str(p["answer"])) for p in problems]
+print()
+print(json.dumps(found))
+"""
+LIST = re.compile(r"\s*\[\s*\{")  # some .jsonl hold one list
 EXAMPLE = '{"question": ..., "reasoning": ..., "answer": ...}'
 HINT = "give a .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file, a saved dataset's folder, or a Hub name"
