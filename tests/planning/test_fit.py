@@ -297,7 +297,9 @@ def test_the_command(call: Callable[..., tuple[int, str, str]], config_file: Pat
     assert "did you mean RTX 3060" in err
 
 
-@pytest.mark.parametrize(("name", "layers", "longest"), [("0.6b", 28, 40_960), ("4b", 36, 30_912)])
+@pytest.mark.parametrize(
+    ("name", "layers", "longest"), [pytest.param("0.6b", 28, 40_960, marks=pytest.mark.slow), ("4b", 36, 30_912)]
+)
 def test_a_card_before_ampere_takes_long_traces(name: str, layers: int, longest: int) -> None:
     """It computes in fp16, with keys and values repeated for a kernel that makes no matrix of scores."""
     asked = config(eval={"holdout": 0.05, "batch_size": 1})
