@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend, and what becomes it."""
+"""UserError, the exception for mistakes that the user can correct, and the contexts that raise it."""
 
 import re
 import warnings
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 
 class UserError(ValueError):
-    """A mistake in a file, a setting or a call, whose one-line message says what to do.
+    """A mistake in a file, a setting or a call; its one-line message says what to do.
 
     The commands print it as `error: ...` and end with exit status 2.
 
@@ -20,12 +20,12 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        line = message.replace("\r", " ").replace("\n", " ")  # whatever a file has put into it
+        line = message.replace("\r", " ").replace("\n", " ")  # a file's content may be quoted in it
         super().__init__(line.encode("utf-8", "backslashreplace").decode())  # a lone surrogate cannot be printed
 
 
 class Remark(UserWarning):
-    """What was taken otherwise than it may look; the commands print it as `note: ...`."""
+    """A note on an input that was read differently than it may seem; the commands print it as `note: ...`."""
 
 
 def remark(*lines: str) -> None:
@@ -35,7 +35,7 @@ def remark(*lines: str) -> None:
 
 
 class RowError(UserError):
-    """A row that cannot be used: where it stands and what is wrong, and the reason by which such rows are counted.
+    """A row that cannot be used: where it is, what is wrong, and the reason under which such rows are counted.
 
     >>> error = RowError("a.jsonl:3", "nothing in `response`", "without an answer")
     >>> str(error), error.reason
@@ -48,14 +48,14 @@ class RowError(UserError):
 
 
 class DivergedError(UserError):
-    """Training that went astray: a loss or weights that are not finite, or a loss worse than guessing."""
+    """Training that diverged: a loss or weights that are not finite, or a loss worse than guessing."""
 
 
 @contextmanager
 def writing(path: str | Path) -> Generator[None]:
-    """What a disk or its permissions refuse, as a UserError that names the path.
+    """Turn errors of the disk or its permissions into a UserError that names the path.
 
-    torch and safetensors have errors of their own for a disk that is full.
+    For a full disk torch and safetensors raise exceptions of their own.
 
     >>> with writing("/x"):
     ...     raise PermissionError(13, "Permission denied")
@@ -79,7 +79,7 @@ NO_MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|STATUS_\w*
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory, on a GPU or in the machine.
+    """Whether an error reports that memory ran out, on a GPU or in the machine.
 
     >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     True
@@ -89,7 +89,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def enough_memory(doing: str, do: str) -> Generator[None]:
-    """Memory that runs out, as a UserError that says at what and what to do.
+    """Turn errors of memory that ran out into a UserError that says during what, and what to do.
 
     >>> with enough_memory("", "lower eval.batch_size"):
     ...     raise MemoryError("no space for an array")

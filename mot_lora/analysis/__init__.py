@@ -1,6 +1,6 @@
-"""Analysis: questions asked of finished runs: is merging worth it, what do teachers agree on, what do benchmarks say.
+"""Analysis of finished runs: is merging worth it, what do teachers agree on, how does the student do on benchmarks.
 
-It reads runs through their folders and starts them through the loop. It answers with records, never with pages.
+It reads runs from their folders and starts them through the loop. Its results are records, never pages.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The arms of a comparison: each a config of the same loop (Merge-of-Thought's baselines, arXiv 2509.08814)."""
+"""The arms of a comparison, each a config of the same loop (Merge-of-Thought's baselines, arXiv 2509.08814)."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from mot_lora.config import MERGE_METHODS, Config, TeacherConfig
 from mot_lora.errors import UserError
 
 PAPER = ("base", "std", "mtd", "one_shot", "linear", "ties", "dare_linear", "dare_ties", "vote")
-DENSITY = 0.5  # of methods that need one, where the config gives none
+DENSITY = 0.5  # for methods that need one, if the config gives none
 BOTH: tuple[Budget, ...] = ("steps", "total")
 
 
@@ -24,7 +24,7 @@ class Arm:
     config: Config
 
     def at(self, folder: Path) -> "Arm":
-        """The same arm, to be run in this folder."""
+        """The same arm with this output folder."""
         return replace(self, config=self.config.model_copy(update={"output": str(folder)}))
 
     @property
@@ -40,7 +40,7 @@ class Arm:
 
 
 def known_arms(config: Config) -> tuple[str, ...]:
-    """The arms that a config can have; one of its own for a merge method that is not among the usual."""
+    """The arms that a config can have; a merge method that is not built in is an arm of its own."""
     own = () if config.merge.method in PAPER else (config.merge.method,)
     weights = ("validation", "greedy") if config.eval.validation else ()
     noisy = ("noisy",) if config.compare.noisy else ()
@@ -48,15 +48,14 @@ def known_arms(config: Config) -> tuple[str, ...]:
 
 
 def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH) -> list[Arm]:
-    """The runs of the arms that are asked for, in an order in which later ones find work done that they share.
+    """The runs of the requested arms, ordered so that later ones can reuse work of earlier ones.
 
-    With K teachers, R rounds and S steps a branch the budget `steps` gives every branch S steps, so that a single
-    teacher takes R S and a merge K R S; in `total` everything takes K R S: a single teacher and the union get K S a
-    round. One-shot is one round with R S steps a branch. All rounds run; the stopping rule of the config is put aside,
-    and eval.final.
-    The loss is on the held-out traces of the config's own teachers in every arm.
+    With K teachers, R rounds and S steps a branch the budget `steps` gives every branch S steps: a single teacher takes
+    R S steps, a merge K R S. In `total` every arm takes K R S: a single teacher and the union get K S a round. One-shot
+    is one round with R S steps a branch. All rounds run: the config's `stop.patience` and `eval.final` are ignored. In
+    every arm the loss is on the held-out traces of the config's teachers.
 
-    Errors: UserError for fewer than two teachers, a length in epochs, and an arm that is not known or lacks something.
+    Errors: UserError for fewer than two teachers, branch.epochs, and an arm that is unknown or lacks a setting.
 
     >>> teachers = ({"name": "a", "data": "a.jsonl"}, {"name": "b", "data": "b.jsonl"})
     >>> [(a.name, a.budgets, a.config.branch.steps) for a in arms(Config(student="s", teachers=teachers), ["mtd"])]
@@ -65,7 +64,7 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
     if len(config.teachers) < 2:
         raise UserError("a comparison needs at least two teachers")
     if config.branch.steps is None:
-        raise UserError("a comparison needs branch.steps, so that budgets can be equal to the step; not branch.epochs")
+        raise UserError("a comparison needs branch.steps instead of branch.epochs, so that budgets are exactly equal")
     if not set(names) - {"base"}:
         raise UserError("a comparison needs another arm beside base")
     for name in names:
@@ -81,8 +80,8 @@ def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget]
             "traces": config.eval.traces or config.teachers,
         },
     )
-    found = (arm for name in known_arms(config) if name in names for arm in _runs(plain, config.compare.noisy, name))
-    chosen = [arm for arm in found if set(arm.budgets) & set(budgets)]
+    named = (arm for name in known_arms(config) if name in names for arm in _runs(plain, config.compare.noisy, name))
+    chosen = [arm for arm in named if set(arm.budgets) & set(budgets)]
     folders = [arm.folder.casefold() for arm in chosen]
     if twice := [arm.name for arm in chosen if folders.count(arm.folder.casefold()) > 1]:
         raise UserError(f"arms {' and '.join(twice)} would share a folder; rename a teacher")
@@ -93,41 +92,41 @@ def placed(
     config: Config, seed: int, out: str | Path, names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH
 ) -> list[Arm]:
     """The runs of a seed, each with its folder as output."""
-    found = arms(config.model_copy(update={"seed": seed}), names, budgets)
-    return [a.at(Path(out) / f"seed-{seed}" / a.folder) for a in found]
+    chosen = arms(config.model_copy(update={"seed": seed}), names, budgets)
+    return [a.at(Path(out) / f"seed-{seed}" / a.folder) for a in chosen]
 
 
 def choose(config: Config, names: str = "", budgets: str = ",".join(BOTH)) -> tuple[list[str], list[Budget]]:
-    """The arms and budgets that a text asks for: `std,mtd,linear`; `all`; the paper's for none.
+    """The arms and budgets named in a text: `std,mtd,linear`; `all`; empty for the paper's.
 
-    Errors: UserError for names that are not known.
+    Errors: UserError for unknown names.
     """
-    asked = [n.strip() for n in names.split(",") if n.strip()] or list(PAPER)
-    if "all" in asked:
-        asked = list(known_arms(config))
-    for name in asked:
-        _check(config, name, asked)
+    chosen = [n.strip() for n in names.split(",") if n.strip()] or list(PAPER)
+    if "all" in chosen:
+        chosen = list(known_arms(config))
+    for name in chosen:
+        _check(config, name, chosen)
     which: list[Budget] = [b for b in BOTH if b in [x.strip() for x in budgets.split(",")]]
     if not which or len(which) < len({x.strip() for x in budgets.split(",") if x.strip()}):
         raise UserError(f"--budgets {budgets}: give steps, total or both")
-    return asked, which
+    return chosen, which
 
 
 def numbers(seeds: str) -> list[int]:
-    """The seeds that a text lists.
+    """The seeds listed in a text.
 
-    Errors: UserError for what is no list of different whole numbers.
+    Errors: UserError unless the text is a list of distinct whole numbers.
 
     >>> numbers("0,1,2")
     [0, 1, 2]
     """
     try:
-        found = [int(s) for s in seeds.split(",")]
+        listed = [int(s) for s in seeds.split(",")]
     except ValueError as e:
         raise UserError(f"--seeds {seeds}: give whole numbers, e.g. 0,1,2") from e
-    if len(set(found)) < len(found):
-        raise UserError(f"--seeds {seeds}: one is there twice")
-    return found
+    if len(set(listed)) < len(listed):
+        raise UserError(f"--seeds {seeds}: a seed is repeated; give each once")
+    return listed
 
 
 def _runs(c: Config, noisy: TeacherConfig | None, name: str) -> Iterator[Arm]:
@@ -158,7 +157,7 @@ def _runs(c: Config, noisy: TeacherConfig | None, name: str) -> Iterator[Arm]:
 
 
 def _alone(c: Config, name: str, teacher: TeacherConfig, k: int, total: bool = True) -> Iterator[Arm]:
-    """One branch a round: with S steps, and with as many as K branches have."""
+    """One branch a round: with S steps, and with K S steps."""
     one = _varied(c, teachers=(teacher,), merge={})
     yield Arm(name, ("steps",), one)
     if total:
@@ -172,12 +171,12 @@ def _merged(c: Config, method: str, **settings: Any) -> Config:
 
 
 def _with(c: Config, teacher: TeacherConfig) -> Config:
-    """With one more teacher; weights that are given do not fit any more."""
+    """With one more teacher, and uniform weights, since given ones no longer match in number."""
     return _varied(c, teachers=(*c.teachers, teacher), merge={**c.merge.model_dump(), "weights": "uniform"})
 
 
 def _free(name: str, teachers: Sequence[TeacherConfig]) -> str:
-    """A name that none of the teachers has."""
+    """A name that no teacher has."""
     taken = {t.name.casefold() for t in teachers}
     return _free(f"{name}_again", teachers) if name.casefold() in taken else name
 
@@ -187,7 +186,7 @@ def _union(teachers: Sequence[TeacherConfig]) -> TeacherConfig:
 
 
 def _varied(c: Config, **settings: Any) -> Config:
-    """A config with other settings, checked as a whole."""
+    """A config with some settings replaced, validated as a whole."""
     return Config.model_validate({**dict(c), **settings})
 
 
@@ -204,4 +203,4 @@ def _check(config: Config, name: str, names: Sequence[str]) -> None:
     }
     if name in needs:
         raise UserError(f"arm `{name}` needs {needs[name]} in the config")
-    raise UserError(f"unknown arm `{name}`; there are {', '.join(known)}")
+    raise UserError(f"unknown arm `{name}`; known arms: {', '.join(known)}")

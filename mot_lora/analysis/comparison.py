@@ -1,4 +1,4 @@
-"""Arms of a comparison over seeds: what each run came to, and what they come to together."""
+"""The results of a comparison: each arm's run with each seed, and their summary over the seeds."""
 
 import csv
 import io
@@ -18,10 +18,10 @@ Reference = Literal["std", "mtd"]  # what arms are compared with: the best singl
 
 
 class ArmRun(Record):
-    """One arm with one seed: scores before and after every round, and what it took.
+    """One arm with one seed: scores before and after every round, and its cost.
 
-    `arm` is base, std:TEACHER, mtd, one_shot, a merge method, vote, ...; `budgets` are those that it belongs to. What
-    was not measured is empty. `scores` are the last student's, question by question; tokens are trained ones.
+    `arm` is base, std:TEACHER, mtd, one_shot, a merge method, vote, ...; `budgets` are those it belongs to. What was
+    not measured is empty. `scores` are the last student's, by question; `tokens` are trained tokens.
     """
 
     arm: str
@@ -39,7 +39,7 @@ class ArmRun(Record):
 class Difference(Record):
     """An arm minus the arm `to`: over the seeds that both have, and over questions (scores averaged over those seeds).
 
-    `holm` is the t-test's p adjusted over the arms of a budget that are compared with the same one.
+    `holm` is the t-test's p, adjusted over the arms of a budget that are compared with the same arm.
     """
 
     to: str
@@ -77,9 +77,9 @@ class ArmSummary(Record):
 
 
 class BudgetSummary(Record):
-    """The arms of one budget; `best_std` is the single teacher with the best mean, which is known only afterwards.
+    """The arms of one budget; `best_std` is the single teacher with the best mean, chosen after the fact.
 
-    `missing` are the (arm, seed) that other arms or seeds have and that were not run.
+    `missing` are the pairs (arm, seed) that were not run although both occur in other runs.
     """
 
     budget: Budget
@@ -93,7 +93,7 @@ class BudgetSummary(Record):
 
 
 class Comparison(Record):
-    """All arms in all budgets. Differences and p are of `metric`: accuracy, or held-out loss where no accuracy is."""
+    """All arms in all budgets. Differences and p are of `metric`: accuracy, or held-out loss without accuracy."""
 
     metric: Metric
     seeds: tuple[int, ...]
@@ -103,7 +103,7 @@ class Comparison(Record):
 
 
 def summarize(runs: Sequence[ArmRun]) -> Comparison:
-    """What the runs that there are come to, whatever their order; the last round's student counts, best or not.
+    """The summary of the given runs, in any order; the last round's student counts, even if an earlier one was better.
 
     An arm's differences are to the STD with the best mean and to MTD of the same budget, on the seeds that both have.
 
@@ -176,9 +176,9 @@ def _budget(budget: Budget, runs: Sequence[ArmRun], seeds: Sequence[int], metric
     arms: dict[str, dict[int, ArmRun]] = {}
     for r in _ordered(runs):
         if r.seed in arms.setdefault(r.arm, {}):
-            raise UserError(f"{r.arm}: seed {r.seed} is there twice with the same budget ({budget})")
+            raise UserError(f"{r.arm}: two runs have seed {r.seed} and the budget {budget}; remove one")
         arms[r.arm][r.seed] = r
-    summaries = {arm: _arm(arm, list(found.values()), metric) for arm, found in arms.items()}
+    summaries = {arm: _arm(arm, list(by_seed.values()), metric) for arm, by_seed in arms.items()}
     teachers = {a: s.score.mean for a, s in summaries.items() if s.score and parts(a)[0] == "std"}
     best = None
     if teachers:
@@ -190,7 +190,7 @@ def _budget(budget: Budget, runs: Sequence[ArmRun], seeds: Sequence[int], metric
             s.model_copy(update={"to_std": to_std.get(a), "to_mtd": to_mtd.get(a)}) for a, s in summaries.items()
         ),
         best_std=best,
-        missing=tuple((arm, seed) for arm, found in arms.items() for seed in seeds if seed not in found),
+        missing=tuple((arm, seed) for arm, by_seed in arms.items() for seed in seeds if seed not in by_seed),
     )
 
 
@@ -233,8 +233,8 @@ def _difference(a: dict[int, ArmRun], b: dict[int, ArmRun], to: str, metric: Met
     over_seeds = paired([_scores(x, metric)[-1] for x, _ in both], [_scores(y, metric)[-1] for _, y in both])
     if over_seeds is None:
         return None
-    asked = metric == "accuracy" and all(x.scores and y.scores for x, y in both)
-    questions = over_questions([x.scores for x, _ in both], [y.scores for _, y in both]) if asked else None
+    scored = metric == "accuracy" and all(x.scores and y.scores for x, y in both)
+    questions = over_questions([x.scores for x, _ in both], [y.scores for _, y in both]) if scored else None
     return Difference(to=to, seeds=over_seeds, questions=questions)
 
 

@@ -1,4 +1,4 @@
-"""How sure students are of the tokens of traces, and what a merge keeps of what its branches gained on them."""
+"""The confidence of students in the tokens of traces, and how much of its branches' gains a merge keeps."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from mot_lora.runs.rundir import RunDir
 
 CONSENSUS = "consensus.json"
 
-THRESHOLD = 0.1  # nats by which log p must rise to be a gain
+THRESHOLD = 0.1  # nats by which log p must rise to count as a gain
 Kind = Literal["none", "one", "several", "all"]
 KINDS: tuple[Kind, ...] = ("none", "one", "several", "all")
 Outcome = Literal["yes", "in part", "no", "unclear"]
 
 
 class Estimate(Record):
-    """A mean or a ratio, and half the width of its 95 % interval; None where too few questions tell."""
+    """A mean or a ratio, and half the width of its 95 % interval; None with too few questions."""
 
     value: float
     half: float | None = None
@@ -71,7 +71,7 @@ class ClassRecord(Record):
 
 
 class ConsensusRound(Record):
-    """What one round's branches agreed on; `difference` is what was kept of agreed gains less that of lone ones."""
+    """The consensus of one round's branches; `difference`: `kept` of all branches' gains minus that of single ones."""
 
     round: int
     classes: tuple[ClassRecord, ...]
@@ -82,10 +82,10 @@ class ConsensusRound(Record):
 
     @property
     def outcome(self) -> Outcome:
-        """Whether agreed gains are reinforced and lone ones wash out (arXiv 2509.08814).
+        """Whether gains of all branches are kept and gains of a single one fade (arXiv 2509.08814).
 
-        `no` where agreed gains are lost, or no smaller a share of lone ones is kept; `in part` where lone gains shrink
-        but stay; `unclear` where intervals do not tell.
+        `no` if gains of all branches are lost, or the share kept of single ones is as large; `in part` if single gains
+        shrink but remain; `unclear` if the intervals do not decide.
         """
         agreed, lone, difference = self.of("all"), self.of("one"), self.difference
         if agreed is None or lone is None or difference is None:
@@ -98,7 +98,7 @@ class ConsensusRound(Record):
 
 
 class TokenRecord(Record):
-    """A token of a trace: its text; where it is trained its class, log p at the round's start, and the changes."""
+    """A token of a trace: its text and, if it is trained, its class, log p at the round's start, and the changes."""
 
     text: str
     kind: Kind | None = None
@@ -108,7 +108,7 @@ class TokenRecord(Record):
 
 
 class ExampleRecord(Record):
-    """One held-out trace of a teacher by its tokens; `more` of them are left out at the end."""
+    """The tokens of one held-out trace of a teacher; the last `more` are left out."""
 
     teacher: str
     prompt: str
@@ -125,7 +125,7 @@ class LossLine(Record):
 
     @property
     def barrier(self) -> float:
-        """How far the loss rises at most over the straight line between its ends; below 0 it lies under it.
+        """The largest rise of the loss above the straight line between its ends; negative if it stays below.
 
         >>> LossLine(name="", at=(0, 0.5, 1), losses=(1, 1.75, 2)).barrier
         0.25
@@ -136,8 +136,8 @@ class LossLine(Record):
 
 
 class LandscapeRecord(Record):
-    """The loss around a round: between every two branches (0 to 1), and by the distance from the merged student in
-    sizes |D| of the round's update, along D (-1 is the round's start) and along random directions.
+    """The loss around a round: between every two branches (0 to 1), and around the merged student, along the round's
+    update D and along random directions, by distance in units of |D| (-1 along D is the round's start).
     """
 
     between: tuple[LossLine, ...]
@@ -146,9 +146,9 @@ class LandscapeRecord(Record):
 
 
 class ConsensusRecord(Record):
-    """What looking at a run's branches and students token by token found, on so many traces a teacher at most.
+    """The token-level analysis of a run's branches and students, on at most `traces` held-out traces a teacher.
 
-    `basis` is what it was measured on: the sha256 of each round's record.
+    `basis` identifies the rounds it was measured on: the sha256 of each round's record.
     """
 
     basis: tuple[str, ...]
@@ -163,7 +163,7 @@ class ConsensusRecord(Record):
 
 
 def classes_of(gains: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """Which class each token is of, as an index into KINDS, from the branches' gains [k, n] in nats.
+    """The class of each token, as an index into KINDS, from the branches' gains [k, n] in nats.
 
     >>> classes_of(torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])).tolist()
     [0, 1, 2, 3]
@@ -181,11 +181,11 @@ def consensus_of(
     questions: Tensor,
     threshold: float = THRESHOLD,
 ) -> ConsensusRound:
-    """Sort a round's tokens by how many branches gained on them, and say what the merged student did on each class.
+    """Group a round's tokens by how many branches gained on them, and measure the merged student on each group.
 
-    log p of each of n tokens by the student that the round began with [n], by its k branches [k, n], by the merged
-    student [n] and by the base [n]; questions: [n] int64, the question that a token's trace answers. Tokens of one
-    question are not independent, so intervals are from the spread between questions.
+    start, merged, base: log p of each of n tokens by the student at the start of the round, the merged student and the
+    base, each [n]; branches: by the k branches, [k, n]; questions: [n] int64, the question of a token's trace. Tokens
+    of one question are not independent, so intervals come from the spread between questions.
 
     >>> zero, up = torch.zeros(4), torch.tensor([1.0, 1.0, 0.0, 0.0])
     >>> c = consensus_of(1, zero, torch.stack([up, up]), up / 2, zero, torch.arange(4)).of("all")
@@ -196,9 +196,9 @@ def consensus_of(
     gains, change = branches - start, merged - start
     gained = gains > threshold
     kinds = classes_of(gains, threshold)
-    # what those branches that gained, gained on average
+    # the mean over the branches that gained
     gain = (gains * gained).sum(0) / gained.sum(0).clamp(min=1)
-    found: list[ClassRecord] = []
+    classes: list[ClassRecord] = []
     kept: dict[Kind, _Ratio] = {}
     for kind in reversed(KINDS):
         at = kinds == KINDS.index(kind)
@@ -207,7 +207,7 @@ def consensus_of(
             continue
         if kind != "none":
             kept[kind] = _Ratio.of(change[at], gain[at], questions[at])
-        found.append(
+        classes.append(
             ClassRecord(
                 kind=kind,
                 tokens=tokens,
@@ -221,11 +221,11 @@ def consensus_of(
             )
         )
     difference = kept["all"].less(kept["one"]) if {"all", "one"} <= kept.keys() else None
-    return ConsensusRound(round=number, classes=tuple(found), difference=difference)
+    return ConsensusRound(round=number, classes=tuple(classes), difference=difference)
 
 
 class _Ratio:
-    """A ratio of sums, and what each question adds to its error (the linearized, cluster-robust variance)."""
+    """A ratio of sums, and each question's contribution to its error (the linearized, cluster-robust variance)."""
 
     def __init__(self, value: float, errors: dict[int, float]) -> None:
         self.value = value
@@ -248,7 +248,7 @@ class _Ratio:
         return Estimate(value=self.value - other.value, half=None if few else _half_width(errors))
 
 
-FEWEST = 3  # questions that an interval needs
+FEWEST = 3  # questions needed for an interval
 
 
 def _half_width(errors: Sequence[float]) -> float | None:
@@ -259,7 +259,7 @@ def _half_width(errors: Sequence[float]) -> float | None:
 
 
 def _student_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5), for 2 degrees of freedom 3 % too small."""
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5); 3 % too small for 2 degrees of freedom."""
     z, n = 1.959964, freedom
     terms = (
         (z**3 + z) / 4,
@@ -270,7 +270,7 @@ def _student_t(freedom: int) -> float:
 
 
 def read_consensus(rundir: RunDir) -> ConsensusRecord | None:
-    """What was found on looking at a run's consensus. None where nobody looked, or it cannot be read: look again."""
+    """The saved consensus of a run; None if there is none or the file is damaged, so that it is computed again."""
     try:
         return read_record(rundir.path / CONSENSUS, ConsensusRecord)
     except DamagedError:

@@ -1,4 +1,4 @@
-"""Consensus, looked at: a run's base, branches and students on held-out traces, token by token (arXiv 2509.08814)."""
+"""Consensus: a run's base, branches and students measured on held-out traces, token by token (arXiv 2509.08814)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -46,22 +46,23 @@ from mot_lora.training.loss import token_log_probs
 from mot_lora.training.memory import loaded
 from mot_lora.training.student import device_of, fold, load_model
 
-SHOWN = 500  # tokens of a trace that is shown
+SHOWN = 500  # tokens shown of an example trace
 
-LogProbs = dict[str, list[Tensor]]  # of each teacher's traces, [trained tokens] fp32
+LogProbs = dict[str, list[Tensor]]  # by teacher, one tensor a trace: [trained tokens] fp32
 
 
 def consensus(
     run: str | Path, *, traces: int = 8, student: str | None = None, progress: Progress = silent
 ) -> ConsensusRecord:
-    """Look at a run's students on at most so many held-out traces a teacher, in the run's quantization.
+    """Measure a run's students on at most `traces` held-out traces a teacher, in the run's quantization.
 
-    How sure W_0, every branch and every merged student are; what the branches of the first and of the last round agree
-    on, and what their merge makes of it; the loss around the last round. Written to the run as consensus.json, and read
-    from there unless rounds were added or `traces` differs. `student` is where W_0 is now, as in `export`.
+    The record has the confidence of W_0, every branch and every merged student; what the branches of the first and the
+    last round agree on, and how much of it their merge keeps; and the loss around the last round. It is saved in the
+    run as consensus.json, and read from there unless rounds were added or `traces` differs. `student` is the path of
+    W_0, as in `export`.
 
-    Errors: UserError for fewer than two rounds or teachers, no held-out traces, a run at work, a damaged run, or a base
-    or data that are not those that it was begun with.
+    Errors: UserError for fewer than two rounds or teachers, no held-out traces, a run in progress, a damaged run, or a
+    base or data that have changed.
 
     >>> consensus("runs/quickstart").rounds[-1].outcome  # doctest: +SKIP
     'in part'
@@ -70,54 +71,54 @@ def consensus(
     config, record = settings(rundir, student), read_run(rundir)
     rounds = len(record.rounds) if record else 0
     if rounds < 2:
-        raise UserError(f"{run}: consensus is looked at from two finished rounds on; here are {rounds}")
+        raise UserError(f"{run}: consensus needs two finished rounds; the run has {rounds}")
     if len(config.teachers) < 2:
-        raise UserError(f"{run}: consensus takes two teachers or more; here is one")
+        raise UserError(f"{run}: consensus needs at least two teachers; the run has one")
     if config.eval.holdout == 0:
-        raise UserError(f"{run}: no traces were held out to look at consensus on; eval.holdout is 0")
+        raise UserError(f"{run}: consensus needs held-out traces; eval.holdout is 0")
     if traces < 1:
         raise UserError(f"traces must be at least 1, not {traces}")
     basis = tuple(sha256(rundir.round(n) / "round.json") for n in range(1, rounds + 1))
-    found = read_consensus(rundir)
-    if found and (found.basis, found.traces) == (basis, traces):
-        return found
-    if who := rundir.at_work():
-        raise UserError(f"{run}: is at work ({who}); consensus can be looked at when it has stopped")
+    saved = read_consensus(rundir)
+    if saved and (saved.basis, saved.traces) == (basis, traces):
+        return saved
+    if process := rundir.at_work():
+        raise UserError(f"{run}: the run is in progress ({process}); measure consensus after it has stopped")
     rundir.check(config)
     device = device_of(config)
     checkpoint, tokenizer, held_out = _open(rundir, config, traces, progress)
     with (
-        enough_memory(f"looking at the consensus of {run}", f"end what else uses {device}"),
+        enough_memory(f"measuring the consensus of {run}", f"stop other programs that use {device}"),
         loaded(lambda: _student(config, checkpoint, device, progress)) as model,
     ):
-        look = Look(rundir, config, checkpoint, tokenizer, model, held_out, progress)
-        confidence, parts, examples = look.students(rounds)
-        landscape = look.landscape(rounds)
-    found = ConsensusRecord(
+        states = RunStates(rundir, config, checkpoint, tokenizer, model, held_out, progress)
+        confidence, parts, examples = states.students(rounds)
+        landscape = states.landscape(rounds)
+    measured = ConsensusRecord(
         basis=basis,
         traces=traces,
-        questions=len(set(look.questions)),
-        branches=look.branches,
+        questions=len(set(states.questions)),
+        branches=states.branches,
         confidence=confidence,
         rounds=parts,
         examples=examples,
         landscape=landscape,
     )
-    write_record(rundir.path / CONSENSUS, found)
-    return found
+    write_record(rundir.path / CONSENSUS, measured)
+    return measured
 
 
 def _open(
     rundir: RunDir, config: Config, traces: int, progress: Progress
 ) -> tuple[Checkpoint, PreTrainedTokenizerBase, dict[str, tuple[Example, ...]]]:
-    """The run's base and its tokenizer, and each teacher's held-out traces, at most so many."""
+    """The run's base, its tokenizer, and at most `traces` held-out traces of each teacher."""
     checkpoint = open_student(rundir, config)
     tokenizer = load_tokenizer(checkpoint.path, config.trust_remote_code)
     data = load_data(config, tokenizer, progress)
     rundir.check_same(config, {**checkpoint.fingerprints(), "tokenizer": fingerprint(tokenizer), **data.fingerprints})
     held_out = {name: tuple(examples[:traces]) for name, examples in data.held_out.items() if examples}
     if not held_out:
-        raise UserError(f"{rundir.path}: no traces were held out to look at consensus on; eval.holdout is too small")
+        raise UserError(f"{rundir.path}: consensus needs held-out traces; eval.holdout is too small for any")
     return checkpoint, tokenizer, held_out
 
 
@@ -131,8 +132,8 @@ def _student(config: Config, checkpoint: Checkpoint, device: torch.device, progr
 
 
 @dataclass(frozen=True)
-class Look:
-    """A run's student in memory, set to one state of the run after the other, and the traces to look at it on."""
+class RunStates:
+    """A run's student in memory, set to one state of the run after another, and the traces it is measured on."""
 
     rundir: RunDir
     config: Config
@@ -148,7 +149,7 @@ class Look:
 
     @property
     def questions(self) -> list[int]:
-        """The question of every trained token, in the order of `_flat`; the same number for every teacher's trace."""
+        """The number of every trained token's question, in the order of `_flat`; the same in all teachers' traces."""
         numbers: dict[tuple[int, ...], int] = {}
         out: list[int] = []
         for e in (e for examples in self.held_out.values() for e in examples):
@@ -159,7 +160,7 @@ class Look:
     def students(
         self, rounds: int
     ) -> tuple[tuple[StudentConfidence, ...], tuple[ConsensusRound, ...], tuple[ExampleRecord, ...]]:
-        """Every student of the run on the traces, and what the branches of the first and the last round agree on."""
+        """The confidence of every student of the run, the consensus of the first and last round, and example traces."""
         one_more = self.counted("confidence", 1 + rounds * (1 + len(self.branches)))
         questions = torch.tensor(self.questions)
         base = self.log_probs(adapter=False)
@@ -204,10 +205,10 @@ class Look:
         return landscape(start, end, loss, rank=self.config.lora.r, seed=self.config.seed, device=self.model.device)
 
     def load(self, folder: Path) -> None:
-        """Make the model's one adapter that of a branch, as it was trained."""
+        """Load a branch's weights into the model's adapter."""
         result = set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER)
         if result.unexpected_keys:
-            raise UserError(f"{folder / WEIGHTS_FILE}: holds {result.unexpected_keys[0]}, which the student has not")
+            raise UserError(f"{folder / WEIGHTS_FILE}: has {result.unexpected_keys[0]}, which the student lacks")
 
     def fold(self, ledger: Sequence[Merged]) -> None:
         """Set the student to round(W_0 + ledger)."""
@@ -226,7 +227,7 @@ class Look:
     def example(
         self, teacher: str, trace: Example, start: Tensor, branches: Sequence[Tensor], merged: Tensor
     ) -> ExampleRecord:
-        """A trace with what became of each of its tokens in the last round."""
+        """A trace with the changes of each of its tokens in the last round."""
         gains = torch.stack(list(branches)) - start
         kinds, order = classes_of(gains), {position: n for n, position in enumerate(_predicted(trace))}
         begin = trace.prompt_length
@@ -252,14 +253,14 @@ class Look:
         )
 
     def counted(self, stage: str, total: int) -> Callable[[], None]:
-        """Begin a stage; each call says that one more of it is done."""
+        """Start a stage; each call of the result reports one more item as done."""
         counts = iter(range(1, total + 1))
         self.progress(stage, 0, total)
         return lambda: self.progress(stage, next(counts), total)
 
 
-def _confidence(number: int, branch: str | None, found: LogProbs) -> StudentConfidence:
-    each = {teacher: torch.cat(traces).double() for teacher, traces in found.items()}
+def _confidence(number: int, branch: str | None, log_probs: LogProbs) -> StudentConfidence:
+    each = {teacher: torch.cat(traces).double() for teacher, traces in log_probs.items()}
     return StudentConfidence(
         round=number,
         branch=branch,
@@ -273,8 +274,8 @@ def _predicted(example: Example) -> list[int]:
     return [i for i, label in enumerate(example.labels) if i and label != IGNORE]
 
 
-def _flat(found: LogProbs) -> Tensor:
-    return torch.cat([trace for traces in found.values() for trace in traces])
+def _flat(log_probs: LogProbs) -> Tensor:
+    return torch.cat([trace for traces in log_probs.values() for trace in traces])
 
 
 def _rounded(value: Tensor) -> float:

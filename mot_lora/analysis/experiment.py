@@ -1,4 +1,4 @@
-"""A comparison at work: every arm with every seed, each a run of the loop in a folder of its own."""
+"""Running a comparison: every arm with every seed, each a run of the loop in its own folder."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from mot_lora.runs.rundir import RunDir
 from mot_lora.training import branch, evaluation
 from mot_lora.training.student import device_of
 
-# What the student before the first round depends on, and what beside its own teacher a branch of the first round.
+# Settings on which the evaluation before the first round depends; and, beside its teacher, a branch of the first round.
 BEFORE = ("student", "quantization", "eval", "device", "trust_remote_code", "seed")
 BRANCH = (*BEFORE, "lora", "branch")
 
@@ -37,19 +37,19 @@ def compare(
     told: Callable[[list[ArmRun]], object] | None = None,
     finished: Callable[[RunDir], object] | None = None,
 ) -> list[ArmRun]:
-    """Run every arm with every seed, and give what each came to.
+    """Run every arm with every seed, and return the results.
 
-    Works in `out`, in a folder for each arm within one for each seed. What is finished there is never done again; the
-    student before, and branches of the first round, are taken from an arm of the same seed that has them. Several
-    processes may work in one `out`, on different seeds. `told` is given what there is after each arm, `finished` the
-    folder of each finished run.
+    Each arm has a folder in `out`, under its seed. Finished work is never repeated; the evaluation before the first
+    round and the branches of the first round are copied from another arm of the same seed that has them. Several
+    processes may use one `out` for different seeds. `told` is called with all results so far after each arm,
+    `finished` with the folder of each finished run.
 
-    Errors: UserError as `arms` and `run`.
+    Errors: UserError as in `arms` and `run`.
 
     >>> compare(load_config("recipes/compare_demo.yaml"), [0, 1, 2], "runs/compare")  # doctest: +SKIP
     """
     if (Path(out) / "config.yaml").exists():
-        raise UserError(f"{out}: is a run; choose another folder for the comparison")
+        raise UserError(f"{out}: is a run folder; choose another folder for the comparison")
     kind = device_of(config).type
     there = [RunDir(file.parent) for file in sorted(Path(out).glob("seed-*/*/environment.json"))]
     for rundir in there:
@@ -79,7 +79,7 @@ def compare(
 
 
 def _is_done(arm: Arm) -> bool:
-    """Whether the arm's run is finished, was asked the same, and is as it was written."""
+    """Whether the arm's run is finished, with the same settings and intact files."""
     rundir = RunDir(Path(arm.config.output))
     if not (rundir.path / "config.yaml").exists():
         return False
@@ -91,12 +91,12 @@ def _is_done(arm: Arm) -> bool:
 
 
 def _check_inputs(chosen: Sequence[Arm]) -> None:
-    """Errors: UserError when arms were made with different files of the same name."""
+    """Errors: UserError if arms were run with different inputs under the same name."""
     inputs = [(arm, RunDir(Path(arm.config.output)).environment()["inputs"]) for arm in chosen]
-    for arm, found in inputs:
-        if changed := _differ(inputs[0][1], found):
+    for arm, its_own in inputs:
+        if changed := _differ(inputs[0][1], its_own):
             raise UserError(
-                f"{arm.config.output}: was made with other inputs than {inputs[0][0].config.output} "
+                f"{arm.config.output}: has other inputs than {inputs[0][0].config.output} "
                 f"({', '.join(changed)} changed in between); compare in another folder"
             )
 
@@ -104,7 +104,7 @@ def _check_inputs(chosen: Sequence[Arm]) -> None:
 def comparison_stages(
     config: Config, seeds: Sequence[int], names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH
 ) -> list[str]:
-    """The stages of a comparison in their order, as its progress names them; some are found done."""
+    """The stages of a comparison in order, as its progress names them; some may be done already."""
     return [
         f"{_who(seed, arm)}, {stage}"
         for seed in seeds
@@ -118,23 +118,23 @@ def _who(seed: int, arm: Arm) -> str:
 
 
 def borrow(config: Config, others: Sequence[RunDir]) -> None:
-    """Copy what another run has finished that would come out the same here: how the student did before, and branches
-    of the first round. Only from runs with the same inputs, on the same kind of device; what is there is left.
+    """Copy from other runs what would come out the same here: the evaluation before the first round, and branches of
+    the first round. Only runs with the same inputs on the same kind of device count; existing files are kept.
     """
     rundir, kind = RunDir(Path(config.output)), device_of(config).type
-    asked = by_content(config, rundir.environment()["inputs"])
+    ours = by_content(config, rundir.environment()["inputs"])
     for other in others:
-        found = by_content(other.config(), other.environment().get("inputs", {}))
-        longest = found["branch"]["max_length"] == asked["branch"]["max_length"]  # of the held-out traces too
-        if not longest or any(found[k] != asked[k] for k in BEFORE):
+        theirs = by_content(other.config(), other.environment().get("inputs", {}))
+        longest = theirs["branch"]["max_length"] == ours["branch"]["max_length"]  # it selects held-out traces too
+        if not longest or any(theirs[k] != ours[k] for k in BEFORE):
             continue
         if rundir.before() is None and other.kind == kind and (before := other.before()):
             check_files(other.path, before.files)
             shutil.copyfile(other.before_answers, rundir.before_answers)
             write_record(rundir.path / "before.json", before)
-        for teacher in asked["teachers"] if all(found[k] == asked[k] for k in BRANCH) else ():
+        for teacher in ours["teachers"] if all(theirs[k] == ours[k] for k in BRANCH) else ():
             name = teacher["name"]
-            record = other.branch_record(1, name) if teacher in found["teachers"] else None
+            record = other.branch_record(1, name) if teacher in theirs["teachers"] else None
             on = record.device.kind if record and record.device else other.kind
             if record and on == kind and rundir.branch_record(1, name) is None:
                 check_files(other.branch(1, name), record.files)
@@ -143,5 +143,5 @@ def borrow(config: Config, others: Sequence[RunDir]) -> None:
 
 
 def _differ(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """The inputs that both have and that are not the same."""
+    """The inputs that both have and that differ."""
     return sorted(k for k in one.keys() & other.keys() if one[k] != other[k])

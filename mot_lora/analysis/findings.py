@@ -1,4 +1,4 @@
-"""What a comparison found, in sentences made from its numbers, whichever way they fall."""
+"""The findings of a comparison as sentences, made from its numbers whatever they show."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -25,8 +25,8 @@ def verdict(difference: Difference, metric: Metric) -> Verdict:
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """Three paragraphs a budget: the range of scores; then which arms are better or worse than the best STD, and than
-    MTD, which cannot be told apart from it, and how wide the intervals are.
+    """Three paragraphs a budget: the range of scores; then, against the best STD and against MTD, which arms are
+    better, worse or indistinguishable, and how wide the intervals are.
 
     >>> from mot_lora.analysis.comparison import summarize
     >>> findings(summarize([]))
@@ -52,15 +52,17 @@ def _against(budget: BudgetSummary, reference: Reference, metric: Metric) -> str
     if to is None:
         return f"no {'single teacher' if reference == 'std' else 'union (MTD)'} was run to compare with."
     name = f"the best STD ({label(to)})" if reference == "std" else label(to)
-    found = [(label(a.arm), d) for a in budget.arms if (d := a.to(reference))]
-    if not found:
+    differences = [(label(a.arm), d) for a in budget.arms if (d := a.to(reference))]
+    if not differences:
         return f"no other arm shares a seed with {name}."
-    better, worse, unclear = ([f for f in found if verdict(f[1], metric) == v] for v in ("better", "worse", "open"))
+    better, worse, unclear = (
+        [pair for pair in differences if verdict(pair[1], metric) == v] for v in ("better", "worse", "open")
+    )
     texts = [f"judged by 95 % intervals over seeds that exclude 0, better than {name}: {_changes(better, metric)}; "
              f"worse: {_changes(worse, metric)}."]  # fmt: skip
     if clear := better + worse:
         kept = [arm for arm, d in clear if d.holm is not None and d.holm < 0.05]
-        tests = sum(d.holm is not None for _, d in found)
+        tests = sum(d.holm is not None for _, d in differences)
         texts.append(f"After Holm's adjustment for {tests} arms p is below 0.05 for {_which(kept, clear)}.")
         if any(d.questions and d.questions.interval for _, d in clear):
             held = [arm for arm, d in clear if _holds(d)]
@@ -69,7 +71,7 @@ def _against(budget: BudgetSummary, reference: Reference, metric: Metric) -> str
         texts.append(f"Not distinguishable from {name}: {listed(open_)}.")
     if silent := [arm for arm, d in unclear if not d.seeds.interval]:
         texts.append(f"Without an interval (one seed, or differences all alike): {listed(silent)}.")
-    return " ".join(filter(None, [*texts, _widths([d for _, d in found], metric)]))
+    return " ".join(filter(None, [*texts, _widths([d for _, d in differences], metric)]))
 
 
 def _changes(arms: Sequence[tuple[str, Difference]], metric: Metric) -> str:

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel
 
-EXPORTED = torch.bfloat16  # what the student is exported in, and measured in where the device computes in it
+EXPORTED = torch.bfloat16  # the dtype of the export, and of the measurement if the device supports it
 
 
 class Score(Record):
-    """A metric's value and its standard error, as lm-eval says them."""
+    """A metric's value and its standard error, from lm-eval."""
 
     value: float
     stderr: float | None = None
@@ -44,10 +44,10 @@ class Score(Record):
 
 
 class TaskRecord(Record):
-    """How the student did on one task or group of tasks, and W_0 where it was asked too: scores by metric.
+    """The student's scores on one task or group of tasks, by metric, and W_0's if it was measured too.
 
-    A metric is called as lm-eval calls it, with its filter where it has one: `acc`, `exact_match,strict-match`.
-    `weights` are what the student was measured in; `version` is the task's, `lm_eval` the harness's.
+    Metrics have lm-eval's names, with their filter if there is one: `acc`, `exact_match,strict-match`. `weights` is the
+    dtype or quantization; `version` is the task's, `lm_eval` the harness's.
     """
 
     task: str
@@ -64,22 +64,22 @@ class TaskRecord(Record):
 
     @property
     def settings(self) -> str:
-        """How the questions were asked: `bfloat16, 5-shot`."""
-        said = [self.weights]
-        said += [f"{self.shots}-shot"] if self.shots is not None else []
-        said += [f"{self.max_new_tokens} new tokens"] if self.max_new_tokens else []
-        return ", ".join([*said, *(["no chat template"] if not self.chat_template else [])])
+        """The settings of the measurement: `bfloat16, 5-shot`."""
+        parts = [self.weights]
+        parts += [f"{self.shots}-shot"] if self.shots is not None else []
+        parts += [f"{self.max_new_tokens} new tokens"] if self.max_new_tokens else []
+        return ", ".join([*parts, *(["no chat template"] if not self.chat_template else [])])
 
 
 class HarnessRecord(Record):
-    """All that lm-eval has measured of the student after a round; `student` is a hash of that round's making."""
+    """All results of lm-eval for the student after a round; `student` is a hash of the records of its rounds."""
 
     round: int
     student: str
     results: tuple[TaskRecord, ...] = ()
 
     def including(self, new: Sequence[TaskRecord]) -> "HarnessRecord":
-        """With new results, each in the place of the one that measured the same; what W_0 did is kept."""
+        """With new results, each replacing an older one of the same task and settings; W_0's scores are kept."""
         results = {(r.task, r.settings, r.limit): r for r in self.results}
         for r in new:
             key = r.task, r.settings, r.limit
@@ -104,21 +104,21 @@ def evaluate_run(
     include_path: str | Path | None = None,
     progress: Progress = silent,
 ) -> HarnessRecord:
-    """Measure a run's student after a round (the best one unless given) on tasks of lm-eval, and W_0 too with `base`.
+    """Measure a run's student after `round` (default: the best one) on tasks of lm-eval, and W_0 too with `base`.
 
-    The student is the one that `export` writes in bf16, from a temporary folder beside the run; a GPU without bf16
-    measures it in fp16. `student` is where its base is now, as in `export`. `quantized` measures it as the loop has it
-    in memory. `limit` asks only the first questions of each task; `include_path` has tasks of one's own. Of a text with
-    `</think>` what comes after it is the answer. All results of a round are kept in RUN/eval/round-NNN.json, by task
-    and settings, and returned.
+    The student is exported in bf16 to a temporary folder beside the run; a GPU without bf16 measures it in fp16. With
+    `quantized` it is measured as the loop has it in memory. `student` is the path of its base, as in `export`. `limit`
+    takes only the first questions of each task; `include_path` is a folder of your own tasks. The answer is the text
+    after `</think>`, if there is one. All results of a round are kept in RUN/eval/round-NNN.json, by task and settings,
+    and returned.
 
-    Errors: UserError as in `export`; when lm-eval is not installed, a task is unknown or its data cannot be had.
+    Errors: UserError as in `export`; if lm-eval is not installed, a task is unknown or its data cannot be loaded.
 
     >>> evaluate_run("runs/quickstart", ["gsm8k"], limit=100).results[0].scores  # doctest: +SKIP
     {'exact_match,strict-match': Score(value=0.31, stderr=0.0465), ...}
     """
     chosen = choose(run, round, student)
-    open_student(chosen.rundir, chosen.config)  # what is wrong with it is found before the tasks are read
+    open_student(chosen.rundir, chosen.config)  # to report what is wrong with it before the tasks are read
     device, dtype = _device(chosen)
     asked = {
         "limit": limit,
@@ -151,16 +151,16 @@ def evaluate_run(
 
 
 def _device(chosen: Chosen) -> tuple[torch.device, torch.dtype]:
-    """What is measured on, and the dtype of the weights: a student that was trained on a GPU may be on a CPU now."""
+    """The device and dtype of the measurement: a student trained with `cuda` may be measured on a CPU."""
     from mot_lora.training.student import device_of, dtype_of
 
-    asked = "cpu" if chosen.config.device == "cpu" else "auto"
-    device = device_of(chosen.config.model_copy(update={"device": asked}))
+    setting = "cpu" if chosen.config.device == "cpu" else "auto"
+    device = device_of(chosen.config.model_copy(update={"device": setting}))
     return device, EXPORTED if device.type == "cpu" else dtype_of(device)
 
 
 def _results(said: dict[str, Any], **asked: Any) -> list[TaskRecord]:
-    """What lm-eval says, a record for each task or group; `asked` is how all of them were asked."""
+    """lm-eval's results, a record for each task or group; `asked` are the settings shared by all."""
     return [
         TaskRecord(
             task=name,
@@ -176,7 +176,7 @@ def _results(said: dict[str, Any], **asked: Any) -> list[TaskRecord]:
 
 
 def _keep(chosen: Chosen, results: Sequence[TaskRecord]) -> HarnessRecord:
-    """Add results to the round's file; those of a round that was made again since are set beside it."""
+    """Add results to the round's file; if the round was run again since, the old file is renamed."""
     file = chosen.rundir.path / "eval" / f"round-{chosen.round:03d}.json"
     made = [durable.sha256(chosen.rundir.round(n) / "round.json") for n in range(1, chosen.round + 1)]
     new = HarnessRecord(round=chosen.round, student=sha256("".join(made).encode()).hexdigest()[:16])
@@ -193,13 +193,13 @@ def _keep(chosen: Chosen, results: Sequence[TaskRecord]) -> HarnessRecord:
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> "TaskManager":
-    """lm-eval's index of tasks. Errors: UserError for a name that is not in it."""
+    """lm-eval's index of tasks. Errors: UserError for an unknown task."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise UserError(f"lm-eval cannot be imported ({e}): pip install 'mot-lora[eval]'") from e
     if not tasks:
-        raise UserError("no task is named; lm-eval has gsm8k, mmlu, arc_challenge, ...")
+        raise UserError("no task is given; lm-eval has gsm8k, mmlu, arc_challenge, ...")
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"{include_path}: no such folder of tasks")
     if include_path is not None:
@@ -211,24 +211,24 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> "Tas
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             what = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-            raise UserError(f"`{name}` is no task of lm-eval; {what}")
+            raise UserError(f"`{name}` is not a task of lm-eval; {what}")
     return manager
 
 
 def _load(manager: "TaskManager", tasks: Sequence[str]) -> "list[Any]":
-    """The tasks with their data. Errors: UserError for one that cannot be had, or that would run the student's code."""
+    """The tasks with their data. Errors: UserError if one cannot be loaded or would run the student's code."""
     loaded: list[Any] = []
     for name in dict.fromkeys(tasks):
         try:
             found = manager.load([name])
         except Exception as e:  # whatever a task's own code, datasets and the Hub raise
             reason = " ".join(str(e).split())[:200] or repr(e)
-            raise UserError(f"task `{name}`: its data cannot be had now ({type(e).__name__}: {reason})") from e
+            raise UserError(f"task `{name}`: its data cannot be loaded ({type(e).__name__}: {reason})") from e
         leaves: list[Task] = list(found["tasks"].values())
         if unsafe := next((t for t in leaves if getattr(t, "UNSAFE_CODE", False)), None):
             raise UserError(
-                f"task `{unsafe.task_name}`: runs code that the student writes; export the student, and give it to "
-                "lm-eval yourself where that is safe"
+                f"task `{unsafe.task_name}`: runs code that the student writes; export the student, and run lm-eval on "
+                "it yourself where that is safe"
             )
         group = found.get("groups", {}).get(name)
         loaded += [group] if group else leaves
@@ -241,8 +241,8 @@ def _scores(row: dict[str, Any]) -> dict[str, Score]:
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             stderr = row.get(f"{metric}_stderr,{kind}")
-            said = float(stderr) if isinstance(stderr, int | float) else None
-            scores[metric if kind == "none" else key] = Score(value=float(value), stderr=said)
+            error = float(stderr) if isinstance(stderr, int | float) else None
+            scores[metric if kind == "none" else key] = Score(value=float(value), stderr=error)
     return scores
 
 
@@ -253,8 +253,8 @@ def _scores(row: dict[str, Any]) -> dict[str, Score]:
 def _model(
     chosen: Chosen, who: str, device: torch.device, dtype: torch.dtype | None, batch_size: int, progress: Progress
 ) -> Generator[Any]:
-    """The student or W_0 as lm-eval's model, in a dtype or, without one, quantized; what was written for it goes away
-    with it.
+    """The student or W_0 as lm-eval's model, in a dtype or, without one, quantized; the temporary export is deleted at
+    the end of the block.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -286,7 +286,7 @@ def _model(
 
 
 def _in_memory(chosen: Chosen, who: str, device: torch.device) -> "PreTrainedModel":
-    """The student as the loop evaluates it: the quantized base with the ledger folded in; or that base."""
+    """The student as the loop evaluates it, the quantized base with the ledger folded in; or only that base."""
     from mot_lora.runs.ledger import read_ledger
     from mot_lora.training.adapter import add_adapter
     from mot_lora.training.student import fold, load_model
@@ -307,10 +307,10 @@ def _in_memory(chosen: Chosen, who: str, device: torch.device) -> "PreTrainedMod
 def _simple_evaluate(lm: Any, **settings: Any) -> dict[str, Any]:
     from lm_eval import evaluator
 
-    # it would ask git and the system about themselves for its log: seconds, and git complains on standard error
-    unasked = dict.fromkeys(("get_git_commit_hash", "add_env_info"), silent)
+    # lm-eval would query git and the system for its log, which takes seconds and prints git's errors
+    skipped = dict.fromkeys(("get_git_commit_hash", "add_env_info"), silent)
     try:
-        with patch.multiple(evaluator, create=True, **unasked):
+        with patch.multiple(evaluator, create=True, **skipped):
             return cast("dict[str, Any]", evaluator.simple_evaluate(lm, **settings))
-    except (AssertionError, ValueError) as e:  # what lm-eval says of settings that do not fit a task or the model
+    except (AssertionError, ValueError) as e:  # lm-eval's errors for settings that do not fit a task or the model
         raise UserError(f"lm-eval: {' '.join(str(e).split())[:300] or repr(e)}") from e

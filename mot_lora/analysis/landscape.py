@@ -18,7 +18,7 @@ DIRECTIONS = 2
 
 
 def points(branches: int) -> int:
-    """How often the loss is asked for, with so many branches.
+    """The number of losses that `landscape` computes for `branches` branches.
 
     >>> points(2)
     18
@@ -35,9 +35,9 @@ def landscape(
     seed: int,
     device: torch.device,
 ) -> LandscapeRecord:
-    """The losses of students around a round's, whose ledgers before and after it are `start` and `end`.
+    """The losses of students around that of a round, whose ledgers before and after it are `start` and `end`.
 
-    loss: of the student W_0 + a ledger. rank, seed, device: of the random directions, which are as large as D.
+    loss: maps a ledger to the loss of W_0 + that ledger. rank, seed, device: of the random directions, of size |D|.
     """
     branches = end[-1].adapters
     pairs = [(a, b) for i, b in enumerate(branches) for a in branches[:i]]
@@ -54,7 +54,7 @@ def landscape(
         )
         for a, b in pairs
     ]
-    # with momentum a round also changes the weights of the updates before it: D is a difference of ledgers
+    # with momentum a round also reweights earlier updates, so D is the difference of the ledgers
     along = [loss(_toward(start, end, s)) for s in ALONG]
     merged, middle = along[ALONG.index(1.0)], len(AROUND) // 2
     random: list[LossLine] = []
@@ -74,10 +74,10 @@ def landscape(
 def _directions(
     start: Sequence[Merged], end: Sequence[Merged], rank: int, seed: int, device: torch.device
 ) -> list[Adapter]:
-    """Random low-rank updates, in each module as large as what the round changed."""
+    """Random low-rank updates, in each module of the same norm as the round's change."""
     factors: list[dict[str, Update]] = [{} for _ in range(DIRECTIONS)]
     for module, shape in {m: shape for merged in end for m, shape in merged.shapes.items()}.items():
-        change: Any = torch.zeros(shape, device=device)  # whose norm has no type
+        change: Any = torch.zeros(shape, device=device)  # Any, because torch's norm is untyped
         for merged in (*end, *(m.scaled(-1.0) for m in start)):
             if module in merged.shapes:
                 change += merged.delta(module)

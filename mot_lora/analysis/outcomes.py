@@ -1,4 +1,4 @@
-"""What the arms of a comparison came to, read from their runs."""
+"""The results of a comparison's arms, read from their runs."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ def read_arms(
     names: Sequence[str] = PAPER,
     budgets: Sequence[Budget] = BOTH,
 ) -> list[ArmRun]:
-    """What every finished arm came to; those that are not finished are left out."""
-    found: list[ArmRun] = []
+    """The results of every finished arm; unfinished ones are left out."""
+    results: list[ArmRun] = []
     for seed in seeds:
         done: list[tuple[Arm, RunRecord]] = []
         for arm in placed(config, seed, out, names, budgets):
@@ -30,11 +30,11 @@ def read_arms(
             if record and record.stopped:
                 done.append((arm, record))
         if done and "base" in names:
-            found.append(_before(*done[0]))
-        found += [_arm_run(arm, record) for arm, record in done]
+            results.append(_before(*done[0]))
+        results += [_arm_run(arm, record) for arm, record in done]
         if "vote" in names:
-            found += _votes(done, [f"std:{t.name}" for t in config.teachers])
-    wanted = [(r, tuple(b for b in r.budgets if b in budgets)) for r in found]
+            results += _votes(done, [f"std:{t.name}" for t in config.teachers])
+    wanted = [(r, tuple(b for b in r.budgets if b in budgets)) for r in results]
     return [r.model_copy(update={"budgets": which}) for r, which in wanted if which]
 
 
@@ -68,7 +68,7 @@ def _answers(arm: Arm, number: int) -> list[Answer]:
 
 
 def _votes(done: Sequence[tuple[Arm, RunRecord]], voters: Sequence[str]) -> Iterator[ArmRun]:
-    """What most of the single-teacher students answer, in each budget in which all of them are finished."""
+    """The majority vote of the single-teacher students, in each budget in which all of them are finished."""
     for budget in BOTH:
         students = [(arm, record) for arm, record in done if arm.name in voters and budget in arm.budgets]
         if len(students) < len(voters) or not students[0][1].before.questions:
@@ -91,7 +91,7 @@ def _votes(done: Sequence[tuple[Arm, RunRecord]], voters: Sequence[str]) -> Iter
 
 
 def _vote(answers: Sequence[Answer]) -> float:
-    """The score of what most of several students say to one question, sample by sample."""
+    """The score of the majority vote of several students on one question, over samples."""
     ballots = zip(*(a.texts for a in answers), strict=True)
     right = (answers[0].answer, *answers[0].also)
     return mean_score([float(is_right(elected(texts), right)) for texts in ballots])[0]

@@ -1,4 +1,4 @@
-"""lm-eval kept quiet: nothing of its bars, logs, warnings and prints, but its answers counted as progress."""
+"""Silencing lm-eval: its bars, logs, warnings and prints are hidden, and its answers are counted as progress."""
 
 import io
 import logging
@@ -13,7 +13,7 @@ from mot_lora.progress import Progress
 
 
 class Watch:
-    """lm-eval tells its cache of every answer; here that is the progress."""
+    """A cache hook for lm-eval, which calls it after every answer: each call is reported as progress."""
 
     def __init__(self, lm: Any, who: str, progress: Progress) -> None:
         self._who, self._progress, self._stage, self._done, self._total = who, progress, "", 0, 0
@@ -36,7 +36,7 @@ class Watch:
 
 
 class _Void(io.TextIOBase):
-    """Takes what libraries print; rich looks for `rich_proxied_file` and writes there, from its own thread too."""
+    """Discards what libraries print; rich, also from its own thread, writes to `rich_proxied_file` instead."""
 
     def __init__(self, real: TextIO) -> None:
         self.rich_proxied_file = getattr(real, "rich_proxied_file", real)
@@ -47,7 +47,7 @@ class _Void(io.TextIOBase):
 
 @contextmanager
 def hushed(progress: Progress) -> Generator[Progress]:
-    """Nothing of the bars, logs, warnings and prints of lm-eval and the libraries it calls; the progress is shown."""
+    """Hide bars, logs, warnings and prints of lm-eval and its libraries; yield a progress that is still shown."""
     out, err, disabled = sys.stdout, sys.stderr, logging.root.manager.disable
 
     def shown(*counts: Any, **numbers: Any) -> None:

@@ -1,7 +1,7 @@
-"""Means, paired differences and how sure they are: Student's t, exact sign flips, Holm's adjustment.
+"""Means and paired differences with intervals and tests: Student's t, exact sign flips, Holm's adjustment.
 
-Student's t is scipy's. scipy.stats would take a second longer to load, warn at values that are all alike, and take
-fifty times as long for an exact permutation test; it has no Holm.
+Student's t is scipy.special's. scipy.stats would take a second longer to load, warns if all values are equal, takes
+fifty times as long for an exact permutation test, and has no Holm adjustment.
 """
 
 import math
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from mot_lora.records import Record
 
-FLIPS = 20  # values whose signs are all tried: half a million sums
-ROUNDING = 1e-12  # what floating point leaves of a difference that is none
+FLIPS = 20  # the most values for an exact test: half a million sums
+ROUNDING = 1e-12  # relative; smaller differences are rounding errors
 
 
 class Estimate(Record):
     """The mean of n values, their sample standard deviation, and the 95 % interval of the mean by Student's t.
 
-    What cannot be said is None: the deviation of one value, and the interval of one value or of values all alike, whose
-    spread would promise certainty.
+    Undefined values are None: the deviation of one value, and the interval of one value or of equal values, whose zero
+    width would suggest certainty.
     """
 
     n: int
@@ -57,9 +57,9 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired | None:
     """The differences a - b, pair by pair: their estimate, the paired t-test and the exact sign-flip test.
 
-    Differences that are all 0 have p = 1; of those that are alike and not 0 the t-test says nothing.
+    If all differences are 0, p = 1; if they are equal and not 0, the t-test is undefined.
 
-    Errors: ValueError where a and b differ in length.
+    Errors: ValueError if a and b differ in length.
 
     >>> d = paired([0.5, 0.6, 0.7], [0.4, 0.4, 0.4])
     >>> round(d.mean, 3), round(d.p, 3), d.sign_flip
@@ -79,9 +79,9 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired | None:
 
 
 def sign_flip(differences: Sequence[float]) -> float | None:
-    """The exact two-sided p of the sign-flip test: the share of all 2^n signs whose |sum| reaches the one found.
+    """The exact two-sided p of the sign-flip test: the share of all 2^n sign patterns whose |sum| is at least as large.
 
-    It cannot be below 2 / 2^n: 0.0625 for five pairs. None for none, or for more than 20.
+    It cannot be below 2 / 2^n: 0.0625 for five pairs. None without differences, or for more than 20.
 
     >>> sign_flip([1.0, 2.0, 3.0])
     0.25
@@ -98,8 +98,7 @@ def sign_flip(differences: Sequence[float]) -> float | None:
 def over_questions(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Estimate | None:
     """The difference a - b over questions: scores (seeds x questions) are averaged over seeds, then paired.
 
-    Where `paired` over seeds asks what another seed would give, this asks it of other questions. None where the
-    questions are not the same number everywhere.
+    `paired` over seeds generalizes to other seeds, this to other questions. None if the numbers of questions differ.
 
     >>> over_questions([[1, 1, 0], [1, 0, 0]], [[0, 1, 0]]).mean
     0.16666666666666666
@@ -111,9 +110,9 @@ def over_questions(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -
 
 
 def holm(ps: Sequence[float | None]) -> tuple[float | None, ...]:
-    """Holm's step-down adjustment (1979): the i-th smallest of m times m - i + 1, never falling, at most 1.
+    """Holm's step-down adjustment (1979): the i-th smallest of m values times m - i + 1, non-decreasing, at most 1.
 
-    What is None stays None and does not count.
+    None stays None and does not count.
 
     >>> holm([0.01, 0.04, 0.03, None])
     (0.03, 0.06, 0.06, None)

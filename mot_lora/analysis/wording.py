@@ -1,4 +1,4 @@
-"""The words and numbers of a comparison as people read them: arms, scores, differences, p."""
+"""Display text of a comparison: names of arms, scores, differences, p."""
 
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ BUDGETS = {"steps": "the same steps per branch", "total": "the same total branch
 
 
 def parts(arm: str) -> tuple[str, str, str]:
-    """An arm's name taken apart: its kind, the teacher that it is about, and what was added to it.
+    """An arm's name split into its kind, its teacher, and an added teacher.
 
     >>> parts("std:hasty"), parts("linear+noisy")
     (('std', 'hasty', ''), ('linear', '', 'noisy'))
@@ -36,7 +36,7 @@ def parts(arm: str) -> tuple[str, str, str]:
 
 
 def label(arm: str) -> str:
-    """What an arm is called; one that is not known keeps its name.
+    """The display name of an arm; an unknown arm keeps its name.
 
     >>> label("std:steps"), label("mtd+noisy"), label("mine")
     ('STD steps', 'MTD (union) + noisy teacher', 'mine')
@@ -46,7 +46,7 @@ def label(arm: str) -> str:
 
 
 def place(arm: str) -> tuple[Any, ...]:
-    """Where an arm stands among others: as it is, then with a teacher added; as ARMS has them, then by name.
+    """The sort key of an arm: without an added teacher first, then in the order of ARMS, then by name.
 
     >>> sorted(["vote", "linear+noisy", "mine", "std:b", "base"], key=place)
     ['base', 'std:b', 'vote', 'mine', 'linear+noisy']
@@ -75,7 +75,7 @@ def signed(value: float, metric: Metric) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """A p, or a dash; what is below a thousandth is said to be.
+    """A p, or a dash for None; below a thousandth, `<0.001`.
 
     >>> p_value(0.0625), p_value(1e-7), p_value(None)
     ('0.062', '<0.001', '-')

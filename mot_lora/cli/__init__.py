@@ -1,6 +1,6 @@
-"""The commands: each is one call into the package, and says what it did as a table or as JSON.
+"""The commands: each is one call into the package, and prints its result as a table or as JSON.
 
-A command decides nothing that a function below does not: whoever uses Python can do all that it does.
+Commands make no decisions of their own: everything they do can be done from Python.
 """
 
 from mot_lora.cli.app import main

@@ -10,15 +10,13 @@ from mot_lora.errors import UserError
 
 Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="PEFT LoRA folders or Hub names")]
 Method = Annotated[
-    str | None, typer.Option(help="linear unless given, or what else `merge.method` of a config may be, e.g. ties")
+    str | None, typer.Option(help="a merge method, as for `merge.method` in a config, e.g. ties; default: linear")
 ]
-Weights = Annotated[
-    str | None, typer.Option(help="one number an adapter, e.g. 2,1,1; equal unless given; 1,-1 subtracts")
-]
+Weights = Annotated[str | None, typer.Option(help="one number an adapter, e.g. 2,1,1; 1,-1 subtracts; default: equal")]
 Density = Annotated[str | None, typer.Option(help="share of entries kept: a number, or PATTERN=NUMBER,... by module")]
 Scale = Annotated[str | None, typer.Option(help="multiplies the merge: a number, also negative, or PATTERN=NUMBER,...")]
-Space = Annotated[str | None, typer.Option(help="where the updates meet: core or knots; the weights' own unless given")]
-Seed = Annotated[int, typer.Option(help="of dare and della")]
+Space = Annotated[str | None, typer.Option(help="space in which updates are merged: core or knots; default: weights")]
+Seed = Annotated[int, typer.Option(help="random seed of dare and della")]
 Spec = Annotated[Path | None, typer.Option(help="a YAML file of these settings, as under `merge:` in a config")]
 BaseModel = Annotated[str | None, typer.Option("--base", help="the model that the adapters are for")]
 
@@ -32,7 +30,9 @@ def merge(
     scale: Scale = None,
     space: Space = None,
     seed: Seed = 0,
-    rank: Annotated[int | None, typer.Option(help="the rank to write; exact where the merge is low-rank")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="rank of the merged adapter; default: exact, if it is low-rank")
+    ] = None,
     spec: Spec = None,
     base: BaseModel = None,
     as_json: Json = False,
@@ -64,7 +64,7 @@ def merge(
     if not record.uniform:
         console.print(
             f"its modules have ranks {min(record.ranks.values())} to {record.rank}, which PEFT reads; vLLM and "
-            "llama.cpp would scale some of them wrongly: for those, give a smaller --rank",
+            "llama.cpp would scale some of them wrongly: give a smaller --rank for those programs",
             soft_wrap=True,
             highlight=False,
         )
@@ -82,12 +82,12 @@ def fold(
     seed: Seed = 0,
     spec: Spec = None,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="what is written; the base's unless given")
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="dtype to write; default: the base's")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="read it back and check every tensor")] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge PEFT LoRA adapters and fold them into their base: a full checkpoint, exact, a tensor in memory at a time.
+    """Merge PEFT LoRA adapters and fold them exactly into their base, one tensor in memory at a time.
 
     Example: mot-lora fold Qwen/Qwen3-0.6B a b c --out model --verify
     """
@@ -127,10 +127,10 @@ def fold(
 def inspect(
     adapters: Adapters,
     base: BaseModel = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw it: a .png, .svg or .pdf file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a chart too: a .png, .svg or .pdf file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at adapters before merging: ranks, norms, how far they agree, what a rank-r copy of their mean loses.
+    """Inspect adapters before merging: ranks, norms, agreement, and what a rank-r copy of their mean would lose.
 
     Example: mot-lora inspect a b c --base Qwen/Qwen3-0.6B --plot agreement.png
     """
@@ -170,5 +170,5 @@ def _merge_settings(
         numbers = None if weights is None else tuple(float(w) for w in weights.split(","))
     except ValueError as e:
         raise UserError(f"--weights {weights}: give one number an adapter, e.g. 2,1,1") from e
-    said = load_merge(spec, method=method, weights=numbers, density=density, scale=scale, space=space)
-    return said.model_dump()
+    settings = load_merge(spec, method=method, weights=numbers, density=density, scale=scale, space=space)
+    return settings.model_dump()

@@ -1,4 +1,4 @@
-"""The program: its commands, and how it ends."""
+"""The program: its commands, and its exit."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mot_lora.cli import adapters, measure, prepare, runs
-from mot_lora.cli.ending import INTERRUPTED, Said, end, status_of
+from mot_lora.cli.ending import INTERRUPTED, Reported, end, status_of
 from mot_lora.cli.options import WithSettings
 from mot_lora.errors import Remark, UserError
 from mot_lora.interruption import signals_raise
@@ -18,13 +18,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Merge-of-Thought distillation on one GPU, and PEFT adapters merged and folded right.",
+    help="Merge-of-Thought distillation on one GPU, and exact merging and folding of PEFT adapters.",
     epilog="Example: mot-lora init my.yaml, then mot-lora data my.yaml, then mot-lora run my.yaml",
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         print(version("mot-lora"))
@@ -37,7 +37,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What the program takes before a command."""
+    """The options before a command."""
 
 
 LOOP, ADAPTERS = "Distill teachers into a student", "Merge adapters that you have"  # how --help groups the commands
@@ -62,11 +62,11 @@ def _show(message: Warning | str, category: type[Warning], file: str, line: int,
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's ends with exit status 2 and one line."""
-    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other about their next versions
+    """Run a command; a user's mistake ends with exit status 2 and one line."""
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries, about their next versions
     warnings.simplefilter("always", Remark)
     warnings.showwarning = _show
-    # threads that wait by spinning make CPU work many times slower wherever something else runs beside it
+    # waiting threads that spin make CPU work many times slower when other programs run
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with signals_raise():
@@ -77,7 +77,7 @@ def main() -> None:
         end(2, "error: " + " ".join(e.format_message().split()) + "; see mot-lora --help")
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    except Said:
+    except Reported:
         raise
     except SystemExit as e:
         status = status_of(e)

@@ -1,4 +1,4 @@
-"""How commands end: each with one line on standard error and an exit status."""
+"""The ends of commands: one line on standard error and an exit status."""
 
 import shlex
 import sys
@@ -11,25 +11,25 @@ from mot_lora.interruption import INTERRUPTS
 INTERRUPTED = 130
 
 
-class Said(SystemExit):
-    """An end whose reason the user has read."""
+class Reported(SystemExit):
+    """An exit whose reason has been printed."""
 
 
 def end(status: int, line: str) -> NoReturn:
-    """Say why, and end."""
+    """Print the reason, and exit."""
     print(line, file=sys.stderr)
-    raise Said(status) from None
+    raise Reported(status) from None
 
 
 def status_of(interrupt: BaseException) -> int:
-    """The exit status of what a signal is raised as."""
+    """The exit status for the exception that a signal raises."""
     return int(interrupt.code or 0) if isinstance(interrupt, SystemExit) else INTERRUPTED
 
 
 @contextmanager
 def resumable(command: Sequence[str]) -> Generator[None]:
-    """Work that a signal stops, and that the command goes on with."""
+    """Work that a signal may stop and that the same command resumes."""
     try:
         yield
     except INTERRUPTS as e:
-        end(status_of(e), f"stopped; nothing that was finished is lost, go on with: {shlex.join(command)}")
+        end(status_of(e), f"stopped; no finished work is lost; resume with: {shlex.join(command)}")

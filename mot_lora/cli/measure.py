@@ -1,4 +1,4 @@
-"""The commands that measure: a student on benchmarks, and merging beside its alternatives."""
+"""The commands that measure: a student on benchmarks, and merging against its alternatives."""
 
 import shlex
 from pathlib import Path
@@ -13,22 +13,22 @@ from mot_lora.cli.options import ConfigFile, Json, Overrides, RunFolder, Student
 def eval_(
     run_folder: RunFolder,
     tasks: Annotated[str, typer.Option(help="names of tasks or groups, e.g. gsm8k,arc_challenge")],
-    round: Annotated[int | None, typer.Option(help="the round to measure; the best one unless given")] = None,
+    round: Annotated[int | None, typer.Option(help="round to measure; default: the best one")] = None,
     student: Student = None,
     base: Annotated[
-        bool, typer.Option("--base", help="measure the student before the run too, and the change")
+        bool, typer.Option("--base", help="also measure the student before the run, and the change")
     ] = False,
     quantized: Annotated[
-        bool, typer.Option("--quantized", help="as the loop has it in memory; as exported, in bf16, unless given")
+        bool, typer.Option("--quantized", help="measure it quantized, as in the run; default: as exported, in bf16")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first questions of each task")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="worked examples; the task's own unless given")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="worked examples; default: the task's own")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of an answer; the task's own, often 256, unless given")
+        int | None, typer.Option(min=1, help="tokens of an answer; default: the task's own, often 256")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions at a time")] = 8,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template/--no-chat-template", help="ask as a chat, or as plain text")
+        bool, typer.Option("--chat-template/--no-chat-template", help="ask in a chat, or as plain text")
     ] = True,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="a folder of task YAMLs of your own")] = None,
     as_json: Json = False,
@@ -69,18 +69,16 @@ def compare(
     overrides: Overrides = None,
     seeds: Annotated[str, typer.Option(help="one run of every arm for each, e.g. 0,1,2")] = "0,1,2,3,4",
     names: Annotated[
-        str, typer.Option("--arms", help="base, std, mtd, one_shot, linear, ties, ...; all; the paper's unless given")
+        str, typer.Option("--arms", help="base, std, mtd, one_shot, linear, ties, ...; or all; default: the paper's")
     ] = "",
-    budgets: Annotated[
-        str, typer.Option(help="the same steps a branch, or the same branch-steps in all")
-    ] = "steps,total",
-    out: Annotated[Path | None, typer.Option(help="where to work; the config's output unless given")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show nothing but the last line")] = False,
+    budgets: Annotated[str, typer.Option(help="equal steps a branch, or equal branch-steps in total")] = "steps,total",
+    out: Annotated[Path | None, typer.Option(help="folder of the comparison; default: the config's output")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show only the last line")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare merging with single teachers, their union and a vote: over seeds, at equal compute.
 
-    Writes compare.html, .csv and .json; the same command goes on where it stopped.
+    Writes compare.html, .csv and .json; the same command resumes where it stopped.
 
     Example: mot-lora compare my.yaml --seeds 0,1,2 --arms std,mtd,linear,ties --out runs/compared
     """
@@ -89,7 +87,7 @@ def compare(
 
     overrides = overrides or []
     settings = load_config(config, overrides)
-    asked = numbers(seeds), *choose(settings, names, budgets)
+    chosen = numbers(seeds), *choose(settings, names, budgets)
     out = out or Path(settings.output)
     command = ["mot-lora", "compare", str(config), *overrides, "--seeds", seeds, *(["--arms", names] if names else [])]
     command += [*(["--budgets", budgets] if budgets != "steps,total" else []), "--out", str(out)]
@@ -100,16 +98,16 @@ def compare(
         from mot_lora.reports.publish import publish
         from mot_lora.reports.tables import comparison_tables
 
-        said = {"Command": shlex.join(command), "Config": config.read_text(encoding="utf-8")}
+        origin = {"Command": shlex.join(command), "Config": config.read_text(encoding="utf-8")}
         console = screen(as_json, quiet)
-        with live(console, comparison_stages(settings, *asked), quiet) as progress:
+        with live(console, comparison_stages(settings, *chosen), quiet) as progress:
             runs = compare_arms(
-                settings, asked[0], out, *asked[1:], progress=progress, told=lambda r: publish(r, out, said)
+                settings, chosen[0], out, *chosen[1:], progress=progress, told=lambda r: publish(r, out, origin)
             )
-        comparison = publish(runs, out, said)
+        comparison = publish(runs, out, origin)
     if as_json:
         print_json({"out": str(out), **comparison.model_dump(mode="json")})
         return
     for shown in [] if quiet else comparison_tables(comparison):
         console.print(shown)
-    console.print(f"comparison: {out} (compare.html is its picture)", soft_wrap=True, highlight=False)
+    console.print(f"comparison: {out} (open compare.html)", soft_wrap=True, highlight=False)

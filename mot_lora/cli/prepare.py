@@ -1,4 +1,4 @@
-"""The commands before a run: a config to start from, what it would train on, what the machine is, whether it fits."""
+"""The commands before a run: write a config, show its data, check the machine, plan memory and time."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ def init(
     from mot_lora.settings import template
 
     if config.exists():
-        raise UserError(f"{config}: exists; name another file, nothing is overwritten")
+        raise UserError(f"{config}: exists, and nothing is overwritten; choose another file")
     with writing(config):
         config.write_text(template(), encoding="utf-8")
     if as_json:
@@ -61,7 +61,7 @@ def data(config: ConfigFile, overrides: Overrides = None, as_json: Json = False)
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine is, and what would stop a run on it; exit status 1 where something would.
+    """Report on this machine, and on what would stop a run on it; exit status 1 if anything would.
 
     Example: mot-lora doctor
     """
@@ -78,7 +78,7 @@ def doctor(as_json: Json = False) -> None:
         for line in (*machine.remarks, *(f"stops a run: {stop}" for stop in machine.stops)):
             console.print(line, soft_wrap=True, highlight=False, markup=False)
         if not machine.stops:
-            console.print("nothing here would stop a run")
+            console.print("nothing would stop a run on this machine")
     if machine.stops:
         raise typer.Exit(1)
 
@@ -86,11 +86,11 @@ def doctor(as_json: Json = False) -> None:
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    card: Annotated[str | None, typer.Option(help="e.g. 'RTX 4090' or T4; this machine's GPU unless given")] = None,
-    gpu_gib: Annotated[float | None, typer.Option(min=1, help="its memory, where it is another")] = None,
+    card: Annotated[str | None, typer.Option(help="e.g. 'RTX 4090' or T4; default: this machine's GPU")] = None,
+    gpu_gib: Annotated[float | None, typer.Option(min=1, help="memory of the card, if it differs")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a run will fit on a card and how long it takes, before the weights are downloaded.
+    """Report whether a run fits on a card and how long it takes, before any weights are downloaded.
 
     Example: mot-lora plan recipes/qwen3_8b_24gb.yaml --card 'RTX 3090' branch.max_length=32768
     """

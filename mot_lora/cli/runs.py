@@ -1,4 +1,4 @@
-"""The commands for runs: run one, see where it stands, write its page, export its student."""
+"""The commands for runs: start or resume one, show its state, write its page, export its student."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,16 +18,16 @@ def run(
     config: ConfigFile,
     overrides: Overrides = None,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="begin anew, in a folder beside the one that is there")
+        bool, typer.Option("--from-scratch", help="start over in a new folder beside the existing one")
     ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="set damaged parts aside, with what was built on them, and do them again")
+        bool, typer.Option("--repair", help="set damaged parts aside, with all built on them, and repeat them")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="begin also where the plan says that it does not fit")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show nothing but the last line")] = False,
+    force: Annotated[bool, typer.Option("--force", help="run even if the plan says that it does not fit")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show only the last line")] = False,
     as_json: Json = False,
 ) -> None:
-    """Distill the teachers of a config into its student; the same command goes on where it stopped.
+    """Distill the teachers of a config into its student; the same command resumes where it stopped.
 
     Example: mot-lora run recipes/quickstart.yaml rounds=2 output=runs/two
     """
@@ -70,11 +70,11 @@ def run(
         console.print(f"{record.stopped}; best by {record.metric}: {best}")
         if settings.quantization == "none" and (line := faded_line(record)):
             console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"run folder: {settings.output} (report.html is its picture)", soft_wrap=True, highlight=False)
+    console.print(f"run folder: {settings.output} (open report.html)", soft_wrap=True, highlight=False)
 
 
 def show(run_folder: RunFolder, as_json: Json = False) -> None:
-    """Say where a run stands: what is finished, what can go on, who is at work on it.
+    """Show the state of a run: what is finished, what can be resumed, and which process is running it.
 
     Example: mot-lora show runs/quickstart
     """
@@ -97,17 +97,17 @@ def show(run_folder: RunFolder, as_json: Json = False) -> None:
 
 def report(
     run_folder: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="the page to write; report.html in the run unless given")] = None,
-    traces: Annotated[int, typer.Option(help="held-out traces a teacher to look at consensus on", min=1)] = 8,
+    out: Annotated[Path | None, typer.Option(help="page to write; default: report.html in the run")] = None,
+    traces: Annotated[int, typer.Option(help="held-out traces a teacher to measure consensus on", min=1)] = 8,
     student: Student = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="do not look with the student; what was found before is shown")
+        bool, typer.Option("--quick", help="do not load the student; show the consensus measured before, if any")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run's page: scores, losses, agreement, consensus, answers, data, settings. It may be at work still.
+    """Write a run's page: scores, losses, agreement, consensus, answers, data, settings; also for a run in progress.
 
-    From two rounds on it looks at what the branches agree on, with the student, and keeps that in the run.
+    With two or more rounds it loads the student and measures what the branches agree on; the result is kept in the run.
 
     Example: mot-lora report runs/quickstart --out quickstart.html
     """
@@ -126,11 +126,11 @@ def report(
             with live(console) as progress:
                 consensus(run_folder, traces=traces, student=student, progress=progress)
         except UserError as e:
-            console.print(f"without looking at consensus: {e}", soft_wrap=True, highlight=False)
+            console.print(f"without consensus: {e}", soft_wrap=True, highlight=False)
     out = write_page(rundir, out)
     if as_json:
-        looked = read_consensus(rundir) is not None
-        print_json({"report": str(out), "consensus": str(run_folder / CONSENSUS) if looked else None})
+        measured = read_consensus(rundir) is not None
+        print_json({"report": str(out), "consensus": str(run_folder / CONSENSUS) if measured else None})
     else:
         print(out)
 
@@ -138,31 +138,31 @@ def report(
 def export(
     run_folder: RunFolder,
     out: Annotated[Path, typer.Option(help="the folder to write; it must not exist")],
-    round: Annotated[int | None, typer.Option(help="the round to export; the best one unless given")] = None,
+    round: Annotated[int | None, typer.Option(help="round to export; default: the best one")] = None,
     student: Student = None,
     form: Annotated[
         Literal["checkpoint", "lora"],
-        typer.Option("--as", help="a model of its own, or all rounds as one PEFT adapter of the base, in float32"),
+        typer.Option("--as", help="a full model, or all rounds as one PEFT adapter of the base, in float32"),
     ] = "checkpoint",
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None,
-        typer.Option(help="what a checkpoint's weights are rounded to; bfloat16 unless given"),
+        typer.Option(help="dtype of the checkpoint's weights; default: bfloat16"),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="of --as lora; what is exact unless given, for a linear merge")
+        int | None, typer.Option(min=1, help="rank with --as lora; default: exact, for a linear merge")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a round's student as a full checkpoint that transformers loads, or as an adapter that PEFT loads.
 
-    Says how much of the update survived: in 16 bits a small one rounds away.
+    Reports how much of the update survived: in 16 bits a small one is lost to rounding.
 
     Example: mot-lora export runs/quickstart --out student
     """
     if form == "checkpoint" and rank is not None:
-        raise UserError(f"--rank {rank}: a checkpoint has none; add --as lora, or leave --rank out")
+        raise UserError(f"--rank {rank}: a checkpoint has no rank; add --as lora, or leave --rank out")
     if form == "lora" and dtype == "bfloat16":
-        raise UserError("--dtype bfloat16: an adapter is written in float32; leave --dtype out, or --as lora")
+        raise UserError("--dtype bfloat16: an adapter is written in float32; leave out --dtype or --as lora")
     import torch
 
     from mot_lora.reports.display import live, screen

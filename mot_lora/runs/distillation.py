@@ -50,14 +50,14 @@ def run(
 ) -> RunRecord:
     """Distill the teachers into the student: W_t = W_0 + sum over rounds of merge(branches of the round).
 
-    Works in config.output and goes on with what it finds finished there; nothing finished is done again, after every
-    checksum of it was compared. `repair` sets aside what is damaged, with what was built on it, and does that again.
-    `started` is told what became of the data before the work begins, and `planned` what it needs: a run that does not
-    fit on its card ends there, before weights are downloaded or loaded, unless `force` is given. `finished` is called
-    with the folder of the finished run: `mot_lora.run` writes the run's page there.
+    The run is in config.output. A run found there is resumed: its checksums are verified, and nothing finished is
+    repeated. `repair` sets damaged parts aside, with all that was built on them, and repeats them. `started` is called
+    with the record of the data, `planned` with the plan; a run that does not fit on its card ends before weights are
+    downloaded or loaded, unless `force` is given. `finished` is called with the folder of the finished run:
+    `mot_lora.run` writes the run's page there.
 
-    Errors: UserError for anything wrong that can be known before the work begins; for a branch that went astray, after
-    the others of its round are done.
+    Errors: UserError for anything that can be detected before training starts; and for a branch that diverged, after
+    the other branches of its round are done.
 
     >>> run(load_config("recipes/quickstart.yaml")).best  # doctest: +SKIP
     4
@@ -86,7 +86,7 @@ def run(
         if record is None or not record.stopped or final_due(config, record) is not None:
             done = len(record.rounds) if record else 0
             with (
-                enough_memory("", f"end what else uses {device}; the same command goes on"),
+                enough_memory("", f"stop other programs that use {device}; the same command resumes"),
                 loaded(lambda: _student(config, rundir, checkpoint, device, done, progress)) as model,
             ):
                 loop = Loop(config, rundir, checkpoint, tokenizer, data, model, train, evaluate, progress)
@@ -127,7 +127,7 @@ def _rounds(loop: Loop, record: RunRecord | None, device: torch.device) -> RunRe
 def _student(
     config: Config, rundir: RunDir, checkpoint: Checkpoint, device: torch.device, rounds: int, progress: Progress
 ) -> PeftModel:
-    """The student as it is after a run's first rounds, with its one adapter."""
+    """The student after a run's first `rounds` rounds, with its one adapter."""
     progress("load the student", 0, 1)
     model = load_model(checkpoint, config.quantization, device, config.trust_remote_code)
     peft_model = add_adapter(model, config.lora)
@@ -140,10 +140,10 @@ def _student(
 def preview(
     config: Config, card: str | None = None, gib: float | None = None, progress: Progress = silent
 ) -> tuple[PlanRecord, str]:
-    """What a run will need, from its traces and the student's small files; and why the traces could not be read, where
-    each is then taken to have branch.max_length tokens.
+    """The plan of a run, from its traces and the student's small files; and, if the traces cannot be read, the reason:
+    then each is assumed to have branch.max_length tokens.
 
-    card: a card's name, else this machine's GPU, else a usual one (a CPU with device: cpu); gib: its memory.
+    card: a card's name (default: this machine's GPU, else a common card, or the CPU with device: cpu); gib: its memory.
 
     Errors: UserError for an unknown card or student, and a model that cannot be planned for.
 
@@ -169,7 +169,7 @@ def preview(
 
 
 def stages(config: Config) -> list[str]:
-    """The stages of a run in their order, as its progress names them.
+    """The stages of a run in order, as its progress names them.
 
     >>> stages(Config(student="s", teachers=({"name": "a", "data": "a.jsonl"},), rounds=1))
     ['before, loss', 'round 1, a, train', 'round 1, a, loss', 'round 1, fold', 'round 1, loss']
@@ -197,14 +197,14 @@ def _check_context(checkpoint: Checkpoint, data: Data) -> None:
 
 
 def _check_fit(config: Config, checkpoint: Checkpoint, data: Data, card: Card, force: bool) -> PlanRecord | None:
-    """What the run needs, where that can be told; UserError, which names the longest trace, when it does not fit."""
+    """The run's plan; None if it cannot be planned. Errors: UserError, with the longest trace, if it does not fit."""
     architecture, work = json.dumps(checkpoint.config), Work.of(data)
     try:
         record = plan(config, architecture, card, work, search=False)
         if not record.fits:
             record = plan(config, architecture, card, work)
     except UnplannableError:
-        return None  # it is known only when the model runs
+        return None  # whether it fits is known only when the model runs
     if not force and (why := refusal(record, data.record, host_memory())):
         raise UserError(why)
     return record
@@ -213,7 +213,7 @@ def _check_fit(config: Config, checkpoint: Checkpoint, data: Data, card: Card, f
 def _environment(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device
 ) -> dict[str, Any]:
-    """What a run is done with: versions, machine, and the fingerprints of everything it reads."""
+    """The environment of a run: versions, machine, and the fingerprints of all inputs."""
     packages = ("mot-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     on = describe(device)
     return {

@@ -249,8 +249,8 @@ def test_no_two_arms_share_a_folder(names: list[str]) -> None:
     ("changes", "names", "message"),
     [
         ({"teachers": [{"name": "a", "data": "x"}], "merge": {}}, PAPER, "a comparison needs at least two teachers"),
-        ({"branch": {"epochs": 1}}, PAPER, r"needs branch\.steps, .+; not branch\.epochs"),
-        ({}, ["linaer"], r"unknown arm `linaer`; there are base, std, mtd, .+, repeated"),
+        ({"branch": {"epochs": 1}}, PAPER, r"needs branch\.steps instead of branch\.epochs"),
+        ({}, ["linaer"], r"unknown arm `linaer`; known arms: base, std, mtd, .+, repeated"),
         ({}, ["std:a"], "unknown arm `std:a`"),
         ({"compare": {}}, ["noisy"], r"arm `noisy` needs compare\.noisy: \{name: \.\.\., data: \.\.\.\} in the config"),
         ({"eval": {"data": "q"}}, ["linear", "validation"], r"arm `validation` needs eval\.validation"),

@@ -278,7 +278,7 @@ def test_questions_that_are_not_the_same_are_not_paired() -> None:
 
 
 def test_a_run_is_there_once() -> None:
-    with pytest.raises(UserError, match=r"linear: seed 1 is there twice .*total"):
+    with pytest.raises(UserError, match=r"linear: two runs have seed 1 and the budget total"):
         summarize([a_run("linear", 1, budgets=BOTH), a_run("linear", 1, budgets=("total",))])
 
 

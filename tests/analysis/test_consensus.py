@@ -273,9 +273,9 @@ def test_what_cannot_be_looked_at_is_told(config: Config, found: ConsensusRecord
         return path
 
     assert found
-    with pytest.raises(UserError, match="two finished rounds on; here are 1"):
+    with pytest.raises(UserError, match="needs two finished rounds; the run has 1"):
         consensus(copy("one", rounds=1))
-    with pytest.raises(UserError, match="two teachers or more"):
+    with pytest.raises(UserError, match="at least two teachers"):
         consensus(copy("alone", teachers=[config.model_dump(mode="json")["teachers"][0]]))
     with pytest.raises(UserError, match=r"eval\.holdout is 0"):
         consensus(copy("all", eval={"holdout": 0, "data": "asked.jsonl"}, stop={"metric": "accuracy"}))
@@ -292,7 +292,7 @@ def test_what_cannot_be_looked_at_is_told(config: Config, found: ConsensusRecord
     with pytest.raises(UserError, match="not the model that"):
         consensus(other)
     busy = copy("busy")
-    with RunDir(busy).lock(), pytest.raises(UserError, match="is at work"):
+    with RunDir(busy).lock(), pytest.raises(UserError, match="the run is in progress"):
         consensus(busy)
 
 
@@ -525,8 +525,8 @@ def test_report_looks_once_and_shows_what_it_found(call: Any, config: Config, tm
     with RunDir(output).lock():
         status, out, err = call("report", output, "--json")
     assert (status, json.loads(out)) == (0, {"report": str(output / "report.html"), "consensus": None})
-    assert "without looking at consensus" in err
-    assert "is at work" in err
+    assert "without consensus" in err
+    assert "the run is in progress" in err
     status, out, _ = call("report", output, "--traces", 2)
     assert status == 0
     assert out.startswith("consensus, on at most 2 held-out traces a teacher; --quick leaves it out\n")

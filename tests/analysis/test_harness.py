@@ -253,10 +253,10 @@ def test_mistakes_are_one_line(finished: Path, tasks: Path, call: Any, monkeypat
     def said(*arguments: Any) -> str:
         return refused(call("eval", finished, "--include-path", tasks, *arguments))
 
-    assert said("--tasks", "gsm8kk,chains") == "`gsm8kk` is no task of lm-eval; did you mean gsm8k, gsm8k_cot?"
+    assert said("--tasks", "gsm8kk,chains") == "`gsm8kk` is not a task of lm-eval; did you mean gsm8k, gsm8k_cot?"
     for name in ("absent", "gone"):
-        assert said("--tasks", name, "--json").startswith(f"task `{name}`: its data cannot be had now (")
-    assert "no task is named" in said("--tasks", ",")
+        assert said("--tasks", name, "--json").startswith(f"task `{name}`: its data cannot be loaded (")
+    assert "no task is given" in said("--tasks", ",")
     assert said("--tasks", "chains", "--round", 2).endswith("round 2 is not finished; finished rounds: 1")
     status, _, err = call("eval", finished, "--include-path", tasks, "--tasks", "chains", "--max-new-tokens", 4000)
     assert (status, err.count("\n")) == (2, 1)

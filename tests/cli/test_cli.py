@@ -298,7 +298,7 @@ def test_show_says_where_a_run_stands_and_report_writes_its_page(call: Any, conf
     output = tmp_path / "run"
     status, out, err = call("run", config_file, f"output={output}", "-q")
     assert (status, err) == (0, "")
-    assert out == f"run folder: {output} (report.html is its picture)\n"
+    assert out == f"run folder: {output} (open report.html)\n"
     assert "finished: all rounds are done" in call("show", output)[1]
     page = (output / "report.html").read_bytes()
     assert call("report", output, "--out", tmp_path / "page.html") == (0, f"{tmp_path / 'page.html'}\n", "")
@@ -320,7 +320,7 @@ def test_from_scratch_begins_beside_and_quiet_ends_with_one_line(call: Any, conf
     assert call(*arguments)[0] == 0
     before = {f: f.read_bytes() for f in output.rglob("*") if f.is_file()}
     status, out, _ = call(*arguments, "seed=1", "--from-scratch")
-    assert (status, out) == (0, f"run folder: {output}-2 (report.html is its picture)\n")
+    assert (status, out) == (0, f"run folder: {output}-2 (open report.html)\n")
     assert {f: f.read_bytes() for f in output.rglob("*") if f.is_file()} == before
     assert load_config(tmp_path / "run-2" / "config.yaml").seed == 1
 

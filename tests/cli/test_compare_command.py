@@ -22,7 +22,7 @@ def test_a_comparison_is_told_written_and_told_again(call: Any, config_file: Pat
     assert "seed 1, linear, round 1, fold" in printed
     for title in ("accuracy, the same steps per branch", "accuracy, the same total branch-steps", "cost of one seed"):
         assert title in printed
-    assert printed.rstrip().endswith(f"comparison: {out} (compare.html is its picture)")
+    assert printed.rstrip().endswith(f"comparison: {out} (open compare.html)")
 
     written = json.loads((out / "compare.json").read_text())
     runs = [ArmRun.model_validate(r) for r in written["runs"]]
@@ -45,15 +45,15 @@ def test_a_comparison_is_told_written_and_told_again(call: Any, config_file: Pat
     assert Comparison.model_validate(told) == summarize(runs)
     assert {f: f.stat().st_mtime_ns for f in out.glob("seed-*/*/round-*/round.json")} == record
     status, printed, error = call(*asked, "--quiet")
-    assert (status, printed, error) == (0, f"comparison: {out} (compare.html is its picture)\n", "")
+    assert (status, printed, error) == (0, f"comparison: {out} (open compare.html)\n", "")
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--seeds", "0,x"], "--seeds 0,x: give whole numbers"),
-        (["--seeds", "1,1"], "--seeds 1,1: one is there twice"),
-        (["--arms", "std,mdt"], "unknown arm `mdt`; there are base, std, mtd"),
+        (["--seeds", "1,1"], "--seeds 1,1: a seed is repeated; give each once"),
+        (["--arms", "std,mdt"], "unknown arm `mdt`; known arms: base, std, mtd"),
         (["--arms", "vote"], "arm `vote` needs arm `std`"),
         (["--arms", "noisy"], "arm `noisy` needs compare.noisy"),
         (["--arms", "greedy"], "arm `greedy` needs eval.validation"),
@@ -74,4 +74,4 @@ def test_mistakes_are_one_line(call: Any, config_file: Path, tmp_path: Path, arg
 def test_a_run_is_no_place_for_a_comparison(call: Any, config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("student: x\n")
-    assert "is a run; choose another folder" in refused(call("compare", config_file, "--out", tmp_path / "run"))
+    assert "is a run folder; choose another folder" in refused(call("compare", config_file, "--out", tmp_path / "run"))

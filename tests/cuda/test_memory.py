@@ -191,7 +191,8 @@ def test_a_fold_that_finds_no_memory_names_the_module(qwen3: Path) -> None:
     model = add_adapter(load_model(checkpoint, "nf4", torch.device("cuda", 0)), LoraConfig(r=4))
     falsecuda.fail("CUDA out of memory. Tried to allocate 2.00 GiB", after=3)
     with pytest.raises(
-        UserError, match=r"^out of memory folding model\.layers\.\d\.\S+ \(CUDA out .*; end what else uses cuda:0"
+        UserError,
+        match=r"^out of memory folding model\.layers\.\d\.\S+ \(CUDA out .*; stop other programs that use cuda:0",
     ):
         list(fold(model, checkpoint, [small_update(qwen3, 0.01, 0)]))
 

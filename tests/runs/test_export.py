@@ -354,7 +354,7 @@ def test_adapters_that_cannot_be_written_are_refused(make_config: MakeConfig, tm
         call(*lora)
     )
     assert "--dtype bfloat16: an adapter is written in float32" in refused(call(*lora, "--dtype", "bfloat16"))
-    assert "--rank 2: a checkpoint has none; add --as lora" in refused(call(*lora[:-2], "--rank", 2))
+    assert "--rank 2: a checkpoint has no rank; add --as lora" in refused(call(*lora[:-2], "--rank", 2))
     assert "rank" in refused(call(*lora, "--rank", 0))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("mine")

@@ -211,7 +211,7 @@ def test_a_run_stopped_by_every_signal_ends_in_the_bytes_of_one_never_stopped(
         else:
             assert process.out == ""
             assert one_line(process.err) == (
-                f"stopped; nothing that was finished is lost, go on with: mot-lora run {process.words[1]}"
+                f"stopped; no finished work is lost; resume with: mot-lora run {process.words[1]}"
             )
     process = start(tiny(str(run)))
     assert process.end() == DONE, process.err
@@ -261,7 +261,7 @@ def test_the_installed_command_says_how_to_go_on(
         process.send_signal(number)
         _, err = process.communicate(timeout=10)
     assert process.returncode == 128 + number
-    assert one_line(err).endswith(f"go on with: mot-lora run '{file}' branch.steps=500")
+    assert one_line(err).endswith(f"resume with: mot-lora run '{file}' branch.steps=500")
     assert list((tmp_path / "run").rglob("sealed.json"))
 
 

@@ -349,7 +349,7 @@ def test_what_needs_no_student_does_without(home: Path, tmp_path: Path, call: Ca
     assert call("show", now)[0] == 0
     status, out, _ = call("report", now)
     assert status == 0
-    assert f"without looking at consensus: {home / 'base'}: the student of" in out
+    assert f"without consensus: {home / 'base'}: the student of" in out
     assert "<svg" in (now / "report.html").read_text()
     assert call("report", now, "--quick")[0] == 0
     export_adapter(now, round=2, out=tmp_path / "adapter")
