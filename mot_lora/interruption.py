@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: as exceptions, and held back while something must not be torn."""
+"""Ctrl-C and SIGTERM as exceptions, deferred during steps that must not be interrupted."""
 
 import signal
 import threading
@@ -24,7 +24,7 @@ def signals_raise() -> Generator[None]:
 
     before = {s: signal.getsignal(s) for s in ENDING}
     for number, handler in before.items():
-        if handler == signal.SIG_DFL:  # nohup ignores SIGHUP, and means it
+        if handler == signal.SIG_DFL:  # nohup ignores SIGHUP, which must stay ignored
             signal.signal(number, end)
     try:
         yield
@@ -34,12 +34,12 @@ def signals_raise() -> Generator[None]:
 
 
 class Shield:
-    """Holds signals back between `hold` and `release`, within its `with` block; a signal meanwhile is raised then.
+    """Within its `with` block, defers signals between `hold` and `release`; a deferred one is raised at `release`.
 
-    It wraps the handlers that are there, and does nothing outside the main thread.
+    It wraps the existing handlers, and does nothing outside the main thread.
 
     >>> with Shield() as shield:
-    ...     shield.hold()  # here a step is taken
+    ...     shield.hold()  # a step runs here
     ...     shield.release()
     """
 

@@ -1,4 +1,4 @@
-"""The seam through which long work says how far it is."""
+"""The seam through which long work reports its progress."""
 
 from typing import Any, Protocol
 
@@ -22,4 +22,4 @@ class Progress(Protocol):
 
 
 def silent(*_counts: Any, **_numbers: Any) -> None:
-    """The progress of work that nobody watches."""
+    """A progress that reports nothing."""

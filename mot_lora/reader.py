@@ -15,16 +15,16 @@ from mot_lora.config import Config, MergeConfig, Settings
 from mot_lora.errors import UserError
 from mot_lora.patterns import PerModule
 
-DEMO = "demo:"  # student: demo:student is the student that the package carries
+DEMO = "demo:"  # student: demo:student is the student included in the package
 GYM = "reasoning_gym:"  # data: reasoning_gym:chain_sum are generated questions
-# owner/name, or an old name without owner; what ends as a data file does is a file, also where there is none
+# owner/name, or an old name without owner; a name with a data file's extension is a file, even if it does not exist
 HUB_NAME = re.compile(r"(?!.*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# the keys that hold one
+# the keys whose values are paths or names on the Hub
 PATHS = re.compile(
     r"student|(eval|(.*\.)?(noisy|(teachers|union|traces)\.\d+))\.data(\.\d+)?|eval\.(validation|forgetting\..*)"
 )
-DEEPEST = 8  # dots of such a key; unions may hold unions
-# what PyYAML raises for text that is none; beside its own errors those of `!!int ""`, `!!bool x` and `!!timestamp x`
+DEEPEST = 8  # dots of such a key; unions may be nested
+# what PyYAML raises for invalid text: its own errors, and those of `!!int ""`, `!!bool x` and `!!timestamp x`
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 S = TypeVar("S", bound=Settings)
 
@@ -32,9 +32,8 @@ S = TypeVar("S", bound=Settings)
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config; `overrides` are `key=value`, with dots for inner keys and YAML values.
 
-    Relative paths of what is read are taken from the file's folder, in overrides from the working folder; so is
-    `output`, always, but that a run's own config.yaml is of the run in whose folder it lies. `demo:NAME` is a file of
-    the package.
+    Relative paths of inputs start at the file's folder, in overrides at the working directory. `output` always starts
+    at the working directory; a run's own config.yaml has its folder as output. `demo:NAME` is a file of the package.
 
     Errors: UserError, one line that names the file and the key.
 
@@ -43,7 +42,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     tree = at_places(_read_tree(path), lambda key, place: absolute(place, path.parent, str(path), key))
-    if path.name == "config.yaml" and path.with_name("environment.json").exists():  # a run's, which may have been moved
+    if (
+        path.name == "config.yaml" and path.with_name("environment.json").exists()
+    ):  # a run's config, and the run may have been moved
         tree["output"] = str(path.parent)
     for override in overrides:
         key, eq, text = override.partition("=")
@@ -59,13 +60,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _set(node: Any, keys: Sequence[str], value: Any, override: str) -> None:
-    """Put a value at dotted keys of a tree; in a list by its number, from 0."""
+    """Set a value at dotted keys of a tree; items of a list are numbered from 0."""
     for i, key in enumerate(keys):
         last = i + 1 == len(keys)
         if isinstance(node, list):
             items = cast("list[Any]", node)
-            if key not in map(str, range(len(items))):  # int() has its own mind of signs, and of how long a number is
-                raise UserError(f"override `{override}`: `{key}` is none of 0 to {len(items) - 1}")
+            if key not in map(str, range(len(items))):  # int() also takes signs, and refuses long numbers
+                raise UserError(f"override `{override}`: `{key}` is not one of 0 to {len(items) - 1}")
             if last:
                 items[int(key)] = value
             node = items[int(key)]
@@ -79,14 +80,14 @@ def _set(node: Any, keys: Sequence[str], value: Any, override: str) -> None:
 
 
 def parse_config(tree: Any, source: str) -> Config:
-    """Check a tree of settings; every error names `source` and the key, and the nearest right one."""
+    """Validate a tree of settings; every error names `source`, the key, and the nearest valid key."""
     return _parse(Config, tree, source)
 
 
 def load_merge(path: str | Path | None = None, **settings: Any) -> MergeConfig:
-    """A merge spec from a YAML file, the `merge:` part of a config alone, and settings that replace the file's.
+    """A merge spec from a YAML file (the settings under `merge:` in a config) and settings that replace the file's.
 
-    A setting of text is a number, or `PATTERN=NUMBER,PATTERN=NUMBER,...` by module. None is left out.
+    A setting given as text is a number, or `PATTERN=NUMBER,PATTERN=NUMBER,...` by module. None means not given.
 
     Errors: UserError, one line that names the file or the option.
 
@@ -115,13 +116,13 @@ def _per_module(key: str, text: Any) -> PerModule:
 def _parse(kind: type[S], tree: Any, source: str) -> S:
     try:
         settings = kind.model_validate(tree)
-        settings.model_dump_json()  # as a run's folder keeps it
+        settings.model_dump_json()  # a run folder saves it
         return settings
     except (UnicodeEncodeError, PydanticSerializationError) as e:
         raise UserError(f"{source}: a text holds half a character (a lone surrogate)") from e
     except ValidationError as e:
         errors = e.errors(include_url=False)
-        # of the branches of a union, the one that was meant
+        # pydantic reports every alternative of a type: prefer the mapping
         first = next((x for x in errors if "dict[str,float]" in x["loc"][:-1]), errors[0])
         keys = [x for x in first["loc"] if x not in ("float", "dict[str,float]", "[key]", "[name]", "[numbers]")]
         loc = " ".join(".".join(map(str, keys)).split())  # one line, whatever the key
@@ -135,7 +136,7 @@ def _parse(kind: type[S], tree: Any, source: str) -> S:
 
 
 class _Loader(yaml.SafeLoader):
-    """Of a key that is given twice YAML keeps the last, silently; here it is an error."""
+    """Refuses a key that is given twice, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [n.value for n, _ in node.value if isinstance(n, yaml.ScalarNode)]
@@ -161,21 +162,19 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def demo_path(name: str = "") -> Path:
-    """The path of a file that the package carries, e.g. demo_path("student")."""
+    """The path of a file included in the package, e.g. demo_path("student")."""
     return Path(str(resources.files("mot_lora") / "demo" / name))
 
 
 def _keys_beside(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the group takes in which a key stands."""
+    """The valid keys of the group that a key is in."""
     for name in loc[:-1]:
         kind = (kind.inner(name) if isinstance(name, str) and name in kind.model_fields else None) or kind
     return list(kind.model_fields)
 
 
 def at_places(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
-    """A tree of settings, or the part of one at dotted keys, with each place of what is read changed: `change` is given
-    the key and the place.
-    """
+    """A tree of settings, or its part at a dotted key, with each path of an input replaced by `change(key, path)`."""
     if isinstance(value, dict) and key.count(".") < DEEPEST:
         inner = cast("dict[Any, Any]", value)
         return {k: at_places(v, change, f"{key}.{k}" if key else str(k)) for k, v in inner.items()}
@@ -185,10 +184,10 @@ def at_places(value: Any, change: Callable[[str, str], str], key: str = "") -> A
 
 
 def absolute(place: str, folder: Path, source: str, key: str) -> str:
-    """A place seen from a folder, as an absolute path; what does not exist may stay the name that the Hub knows.
+    """A path relative to a folder as an absolute path; one that does not exist and may be a name on the Hub stays.
 
-    A link stays one: it may be what tells a file's kind, as in the Hub's cache, or where it is now.
-    Errors: UserError, which names the source and the key, for what cannot be a path.
+    Links are not resolved: in the Hub's cache only the link's name has the file's extension.
+    Errors: UserError, which names the source and the key, for an invalid path.
     """
     if place.startswith(DEMO):
         return str(demo_path(place.removeprefix(DEMO)))

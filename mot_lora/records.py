@@ -1,4 +1,4 @@
-"""What is known of a branch, a round and an evaluation: frozen records that go to disk as JSON."""
+"""Records of branches, rounds, evaluations, data and adapters: frozen, and saved as JSON."""
 
 import math
 
@@ -15,7 +15,7 @@ class Record(BaseModel):
 
 
 class EvaluationRecord(Record):
-    """How a student did: accuracy (avg@n) with its 95 % interval, and the held-out loss on each teacher's traces.
+    """An evaluation of a student: accuracy (avg@n) with its 95 % interval, and the held-out loss by teacher.
 
     `loss` is the mean over teachers, in nats a trained token; `forgetting` the accuracy on each set to watch. What was
     not measured is None. `at_once` has how many answers and traces were at work together in the end, where memory ran
@@ -49,7 +49,7 @@ class EvaluationRecord(Record):
 
 
 class Answer(Record):
-    """What the student answered to one question: the texts of its samples, and the share of them that is right.
+    """The student's answers to one question: the texts of its samples, and the share of them that is right.
 
     `answer` is the right one, and `also` what else is.
     """
@@ -62,7 +62,7 @@ class Answer(Record):
 
 
 class DeviceRecord(Record):
-    """What was computed on, `cpu` or `cuda` with its name, and in which format of numbers."""
+    """The device of a computation, `cpu` or `cuda` with its name, and the dtype."""
 
     kind: str
     name: str
@@ -75,7 +75,7 @@ class DeviceRecord(Record):
 
 
 class TrainRecord(Record):
-    """What training a branch took: optimizer steps, trained tokens, mean loss in nats a token, seconds.
+    """The training of a branch: optimizer steps, trained tokens, mean loss in nats per token, seconds.
 
     `losses` has each step's, where the trainer says them.
     """
@@ -100,7 +100,7 @@ class BranchRecord(Record):
 
 
 class FoldRecord(Record):
-    """How a round's merge went into the weights, overall, for a layer or a module."""
+    """The fold of a round's merge into the weights: overall, of a layer or of a module."""
 
     relative_norm: float
     survived: float | None
@@ -110,10 +110,10 @@ class FoldRecord(Record):
 
 
 class RoundRecord(Record):
-    """One finished round: whose adapters were merged, how, what the fold kept, and how the student then did.
+    """One finished round: the teachers merged, the merge's settings, what the fold kept, and the student's evaluation.
 
-    `reasons` say of each teacher why it has its weight, where that was found. `files` are the sha256 of what lies
-    beside the record.
+    `reasons` explain each teacher's weight if it was searched for. `files` are the sha256 of the files beside the
+    record.
     """
 
     round: int
@@ -136,9 +136,9 @@ class RoundRecord(Record):
 
 
 class FinalRecord(Record):
-    """How the student of one round did in the end, asked as `eval.final` says; round 0 is the student before.
+    """The final evaluation of one round's student, as set in `eval.final`; round 0 is the student before.
 
-    `limit` is of the questions; `files` are the sha256 of what lies beside the record.
+    `limit` is the number of questions; `files` are the sha256 of the files beside the record.
     """
 
     round: int
@@ -158,8 +158,8 @@ class FinalRecord(Record):
 
 
 class RunRecord(Record):
-    """A whole run: the student before, every branch and round, which round is best, why it stopped, and how the student
-    then did, where `eval.final` asks for that.
+    """A whole run: the evaluation before it, every branch and round, the best round, why it stopped, and the final
+    evaluation, if `eval.final` is set.
     """
 
     before: EvaluationRecord
@@ -172,13 +172,13 @@ class RunRecord(Record):
 
     @property
     def evaluations(self) -> tuple[EvaluationRecord, ...]:
-        """All that was measured."""
+        """All evaluations of the run."""
         parts = (*self.branches, *self.rounds, *([self.final] if self.final else []))
         return (self.before, *(part.evaluation for part in parts if part.evaluation))
 
 
 def score(evaluation: EvaluationRecord, metric: str) -> float:
-    """The metric as a number that is higher for a better student; -inf where it was not measured.
+    """The metric as a number that is higher for a better student; -inf if it was not measured.
 
     >>> score(EvaluationRecord(accuracy=0.5), "accuracy")
     0.5

@@ -4,7 +4,7 @@ from mot_lora.records import Record
 
 
 class AdapterRecord(Record):
-    """One adapter: its base, as it says, how many updates of which form it holds, their ranks, |D| and |D| / |W|."""
+    """One adapter: its base as recorded in it, the number of updates by form, their ranks, |D| and |D| / |W|."""
 
     name: str
     base: str | None
@@ -16,7 +16,7 @@ class AdapterRecord(Record):
 
 
 class LayerRecord(Record):
-    """Several adapters in one layer: each one's |D| and |D| / |W|, their cosines, and where their signs conflict."""
+    """Several adapters in one layer: |D| and |D| / |W| of each, their cosines, and the share of conflicting signs."""
 
     norms: tuple[float, ...]
     relative_norms: tuple[float, ...] | None
@@ -25,7 +25,7 @@ class LayerRecord(Record):
 
 
 class InspectRecord(Record):
-    """What is known of adapters before they are merged; `lost` is the share of their mean that a rank-r copy loses."""
+    """An inspection of adapters before a merge; `lost` is the share of their mean that a rank-r copy loses."""
 
     adapters: tuple[AdapterRecord, ...]
     overall: LayerRecord
@@ -34,10 +34,10 @@ class InspectRecord(Record):
 
 
 class SaveRecord(Record):
-    """What became of a merge as an adapter: its ranks, and the share |lost| / |D| that they cost, in all and by module.
+    """A merge saved as an adapter: its ranks, and the share |lost| / |D| that they cost, in total and by module.
 
-    `method` is None for one adapter alone; `rank` is the largest of `ranks`. `uniform`: all modules are written with
-    it, so that readers that know one rank and one alpha (vLLM, llama.cpp) scale them as PEFT does.
+    `method` is None for a single adapter; `rank` is the largest of `ranks`. `uniform`: all modules have this rank, so
+    that programs that know only one rank and alpha (vLLM, llama.cpp) scale them as PEFT does.
     """
 
     method: str | None

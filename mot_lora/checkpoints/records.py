@@ -10,9 +10,9 @@ ENOUGH = 0.9  # the share of an update below which too little of it survived rou
 
 
 class KeptRecord(Record):
-    """The share of an update D that is in what was written, <change, D> / |D|^2: in all, and of the worst layer.
+    """The share of an update D that the written weights have, <change, D> / |D|^2: in total, and of the worst layer.
 
-    None where the update is 0.
+    None if the update is 0.
     """
 
     survived: float | None = None
@@ -28,7 +28,7 @@ class KeptRecord(Record):
 
     @property
     def faded(self) -> bool:
-        """Whether too much of the update is gone, in all or in a layer."""
+        """Whether too much of the update is lost, in total or in a layer."""
         shares = [self.survived, self.worst and self.worst[1]]
         return any(share is not None and share < ENOUGH for share in shares)
 
@@ -43,8 +43,8 @@ class KeptRecord(Record):
 class VerifiedTensor(Record):
     """One written tensor against W_0 + D: |D|, <change, D> / |D|^2, and its largest error in units of rounding.
 
-    A unit is half a step of the tensor's format at that entry, what rounding once can cost; `survived` is None for an
-    update of 0.
+    A unit is half a step of the tensor's dtype at that entry, the most that one rounding can cost; `survived` is None
+    for an update of 0.
     """
 
     update_norm: float
@@ -53,10 +53,9 @@ class VerifiedTensor(Record):
 
 
 class VerifyRecord(Record):
-    """What reading a folded checkpoint back found: every updated tensor, and how many others are the base's own.
+    """The verification of a folded checkpoint: every updated tensor, and the number of others equal to the base's.
 
-    `loaded`: whether transformers could be asked, and finds all of its model; it has not the class of a model with code
-    of its own.
+    `loaded`: whether transformers found all tensors of its model class; False if the model has its own code.
     """
 
     tensors: dict[str, VerifiedTensor]

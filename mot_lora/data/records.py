@@ -13,10 +13,10 @@ class Segment(Record):
 
 
 class TurnRecord(Record):
-    """What the student's chat template writes around its words: `head` before them, `end` after, and where they stop.
+    """The student's turn in its chat template: `head` before the answer, `end` after it, and the stops of generation.
 
-    chain: what it writes around a chain of thought, where that is not <think>; listed: whether the tokenizer or the
-    checkpoint names the turn's end as an end of generation; date: the day that the template writes, if any.
+    chain: the marks of a chain of thought, if they are not <think>; listed: whether the tokenizer or the checkpoint
+    lists the turn's end as an end of generation; date: the date that the template writes, if any.
     """
 
     head: str
@@ -29,28 +29,28 @@ class TurnRecord(Record):
 
     @property
     def lines(self) -> list[str]:
-        """What there is to say of it, a line each."""
-        said = [f"the student's words stand between {self.head!r} and {self.end!r}, as its chat template has them"]
+        """Notes on the turn, a line each."""
+        notes = [f"the student's answer is between {self.head!r} and {self.end!r}, as its chat template has them"]
         if self.chain:
-            said.append("its chain of thought stands between {!r} and {!r}".format(*self.chain))
+            notes.append("its chain of thought is between {!r} and {!r}".format(*self.chain))
         if not self.listed:
-            said.append(
-                f"neither its tokenizer nor its checkpoint says that {self.stops[0]} ends an answer: it does here, and "
-                "in what is exported, and must be named as a stop wherever else the student is served"
+            notes.append(
+                f"neither its tokenizer nor its checkpoint lists {self.stops[0]} as the end of an answer: here and in "
+                "exports it is, but it must be set as a stop wherever else the student is served"
             )
         if self.date:
-            said.append(
-                f"its chat template writes the date: it is told {self.date} on every day, so that a run goes on alike"
+            notes.append(
+                f"its chat template writes the date: here it is always {self.date}, so that a run resumes unchanged"
             )
-        return said
+        return notes
 
 
 class TeacherDataRecord(Record):
-    """What became of one teacher's rows.
+    """One teacher's rows: how many are used or left out, and why.
 
-    `used` are trained on, `held_out` only measured, `left_out` has the count for each reason, and `bad` the first row
-    that could not be used for it; `without_reasoning` of the used traces go straight to the answer, `marked` of them
-    held marks of a chat template, which were taken off. Tokens are of the used traces; `sample` is one, decoded.
+    `used` are trained on, `held_out` only measured; `left_out` counts rows by reason, `bad` has the first of each
+    reason that makes a row unusable. `without_reasoning` used traces have only an answer; from `marked` ones marks of a
+    chat template were removed. Tokens are of the used traces; `sample` is one of them, decoded.
     """
 
     teacher: str
@@ -70,9 +70,9 @@ class TeacherDataRecord(Record):
 
 
 class DataRecord(Record):
-    """What a run reads: each teacher's traces, how many questions the student is asked, and how its turn is written.
+    """A run's data: each teacher's traces, the number of questions, and the format of the student's turn.
 
-    Questions that could not be used are counted by reason in `left_out`, and `bad` has the first of each.
+    `left_out` counts unusable questions by reason, and `bad` has the first of each.
     """
 
     teachers: tuple[TeacherDataRecord, ...]
@@ -83,16 +83,14 @@ class DataRecord(Record):
 
     @property
     def remarks(self) -> list[str]:
-        """What there is to say of the template, of traces that held its marks, of rows that could not be used, and of
-        teachers who never reason.
-        """
+        """Notes on the template, traces with its marks, unusable rows, and teachers without reasoning."""
         marked = [(t.marked, t.teacher) for t in self.teachers if t.marked]
         bad = [(t.teacher, t.left_out[why], why, first) for t in self.teachers for why, first in t.bad.items()]
         bad += [("questions", self.left_out[why], why, first) for why, first in self.bad.items()]
         silent = [t.teacher for t in self.teachers if t.used and t.without_reasoning == t.used]
         return [
             *(self.turn.lines if self.turn else []),
-            *(f"{n:,} traces of {who} held marks of a chat template: they were taken off" for n, who in marked),
+            *(f"{n:,} traces of {who} had marks of a chat template, which were removed" for n, who in marked),
             *(f"{who}: {n:,} left out {why}; the first: {first}" for who, n, why, first in bad),
-            *(f"{who}: no trace has a chain of thought in marks that are known: all are answer only" for who in silent),
+            *(f"{who}: no trace has a chain of thought in known marks: all have only an answer" for who in silent),
         ]

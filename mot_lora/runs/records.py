@@ -7,7 +7,7 @@ from mot_lora.records import Record
 
 
 class ExportRecord(KeptRecord):
-    """A round that was exported: as a full `checkpoint` in this dtype, or as one `lora` adapter of this rank.
+    """An exported round: a full `checkpoint` in this dtype, or one `lora` adapter of this rank.
 
     `worst` is a layer of a checkpoint, a module of an adapter.
     """
@@ -19,8 +19,8 @@ class ExportRecord(KeptRecord):
 
 
 class StateRecord(Record):
-    """Where a run stands: rounds done and planned; within the round at hand its finished branches, the one that was
-    begun with the steps that it can go on from, who works on it now, and the round that eval.final still asks.
+    """The state of a run: rounds done and planned; in the current round its finished branches and, by unfinished
+    branch, the step it can resume from; the process running it, and the round that `eval.final` still has to measure.
     """
 
     rounds_done: int
@@ -34,13 +34,13 @@ class StateRecord(Record):
     @property
     def line(self) -> str:
         """The state in one line."""
-        at_work = f"at work ({self.at_work})" if self.at_work else "not at work"
+        status = f"running ({self.at_work})" if self.at_work else "not running"
         if self.stopped and self.final is not None:
-            return f"{at_work}: {self.stopped}, eval.final is left to do"
+            return f"{status}: {self.stopped}, eval.final is left to do"
         if self.stopped:
             return f"finished: {self.stopped}"
         parts = [f"round {self.rounds_done} of {self.rounds} is done" if self.rounds_done else "no round is done yet"]
         if self.branches:
             parts.append(f"of round {self.rounds_done + 1} {', '.join(self.branches)}")
-        parts += [f"{name} can go on from step {step}" for name, step in self.begun.items()]
-        return f"{at_work}: {', '.join(parts)}"
+        parts += [f"{name} can resume from step {step}" for name, step in self.begun.items()]
+        return f"{status}: {', '.join(parts)}"

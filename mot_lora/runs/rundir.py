@@ -265,7 +265,7 @@ class RunDir:
             )
 
     def at_work(self) -> str | None:
-        """The process that works in the folder now, and its host."""
+        """The process that is running in the folder, and its host; None if there is none."""
         if not (file := self.path / "run.lock").exists():
             return None
         try:
@@ -279,9 +279,9 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run folder for this process; the system lets go of it when the process ends, however it ends.
+        """Lock the run folder for this process; the system releases the lock however the process ends.
 
-        Errors: UserError, which names the process that has it, or says that the folder is not a run's or cannot be
+        Errors: UserError if another process has the lock, which is named, or the folder is not a run or cannot be
         written.
         """
         found = {p.name.removeprefix(".").removesuffix(".partial") for p in self.path.glob("*")}
@@ -292,17 +292,17 @@ class RunDir:
             try:
                 held = FileLock(self.path / "run.lock", timeout=MOMENT).acquire()
             except Timeout as e:
-                raise UserError(f"{self.path}: another run is at work here ({self._holder()})") from e
+                raise UserError(f"{self.path}: another run is using this folder ({self._holder()})") from e
         with held:
-            # apart from the lock, which Windows lets nobody else read
+            # in a file of its own: on Windows nobody else can read the lock
             write_text(self.path / "run.process", f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
 
     def _holder(self) -> str:
-        """Who took the lock last, as it wrote; the version before wrote it into the lock itself."""
-        said = self.path / "run.process"
+        """The process that took the lock last, from its own note; older versions wrote it into the lock itself."""
+        note = self.path / "run.process"
         with suppress(OSError):  # not there yet, or Windows holds the lock from being read
-            return (said if said.exists() else self.path / "run.lock").read_text(encoding="utf-8").strip()
+            return (note if note.exists() else self.path / "run.lock").read_text(encoding="utf-8").strip()
         return "a process that just began"
 
 

@@ -16,8 +16,8 @@ SCHEDULE = 2  # version of the learning rate's schedule, `rate_share`; version 1
 
 
 class SealRecord(Record):
-    """A state within a branch, whole: the sha256 of its files, its learning rate and that one's schedule; tokens and
-    seconds that it took.
+    """A complete saved state of a branch: the sha256 of its files, learning rate, version of the schedule, tokens and
+    seconds so far.
     """
 
     files: dict[str, str]

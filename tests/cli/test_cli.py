@@ -307,7 +307,7 @@ def test_show_says_where_a_run_stands_and_report_writes_its_page(call: Any, conf
     (output / "round-001" / "round.json").unlink()
     said = json.loads(call("show", output, "--json")[1])
     assert (said["rounds_done"], said["branches"], said["at_work"], said["stopped"]) == (0, ["a", "b"], None, "")
-    assert "not at work: no round is done yet, of round 1 a, b" in call("show", output)[1]
+    assert "not running: no round is done yet, of round 1 a, b" in call("show", output)[1]
     shutil.rmtree(output / "round-001" / "b")
     assert "of round 1 a\n" in call("show", output)[1]
     for name in ("show", "report"):

@@ -133,7 +133,7 @@ def test_an_interruption_in_the_end_loses_no_round(config: Config) -> None:
         run(config, evaluate=Graded(0.1, 0.2, 0.3, 0.4), progress=stop)
     rundir = RunDir(Path(config.output))
     assert rundir.final() is None
-    assert read_state(rundir).line == "not at work: all rounds are done, eval.final is left to do"
+    assert read_state(rundir).line == "not running: all rounds are done, eval.final is left to do"
     record = run(config, evaluate=Graded(0.5))
     assert record.final is not None
     assert record.final.evaluation.accuracy == 0.5

@@ -386,11 +386,11 @@ def test_a_second_process_is_refused_and_a_dead_one_does_not_bar_the_way(
     before = tree(run)
     second = start(tiny(str(run), {"steps": 500}))
     assert second.end() == REFUSED
-    assert one_line(second.err) == f"error: {run}: another run is at work here ({who})"
+    assert one_line(second.err) == f"error: {run}: another run is using this folder ({who})"
     state = read_state(RunDir(run))
     assert state.at_work == who
     assert state.begun["a"] >= 2
-    assert f"at work ({who}): no round is done yet, a can go on from step" in state.line
+    assert f"running ({who}): no round is done yet, a can resume from step" in state.line
     assert tree(run) == before
     first.send(signal.SIGKILL)
     assert first.end() == KILL

@@ -200,7 +200,7 @@ def test_a_teacher_who_never_reasons_is_told(read: Callable[..., DataRecord], tm
     bare = [{"question": r["question"], "response": r["answer"]} for r in GOOD]
     record = read(dumped(tmp_path / "t.jsonl", *bare))
     assert [line for line in record.remarks if line.startswith("one: ")] == [
-        "one: no trace has a chain of thought in marks that are known: all are answer only"
+        "one: no trace has a chain of thought in known marks: all have only an answer"
     ]
     assert not [line for line in read(dumped(tmp_path / "t.jsonl", *bare, *GOOD)).remarks if line.startswith("one: ")]
 

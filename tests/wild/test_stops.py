@@ -136,8 +136,8 @@ def test_an_end_that_nothing_lists_is_told(tmp_path: Path, call: Call, ends: lis
     status, out, err = call("data", config)
     assert status == 0, err
     said = " ".join(out.split())
-    assert "words stand between '<|im_end|>\\n<|im_start|>assistant\\n' and '<|im_end|>'" in said
-    assert ("neither its tokenizer nor its checkpoint says that <|im_end|> ends an answer" in said) == told
+    assert "answer is between '<|im_end|>\\n<|im_start|>assistant\\n' and '<|im_end|>'" in said
+    assert ("neither its tokenizer nor its checkpoint lists <|im_end|> as the end of an answer" in said) == told
     _, out, _ = call("data", config, "--json")
     turn = json.loads(out)["turn"]
     assert turn["head"] == "<|im_end|>\n<|im_start|>assistant\n"

@@ -66,7 +66,7 @@ def test_a_date_that_is_written_is_told(tmp_path: Path, call: Call) -> None:
     student(tmp_path, template=DATED["llama-3.2"][0] + CHATML)
     config = recipe(tmp_path, tmp_path, jsonl(tmp_path / "one.jsonl", rows()))
     _, out, _ = call("data", config)
-    assert "its chat template writes the date: it is told 26 July 2024 on every day" in " ".join(out.split())
+    assert "its chat template writes the date: here it is always 26 July 2024" in " ".join(out.split())
 
 
 def test_a_question_with_the_word_is_not_told_the_date(tmp_path: Path) -> None:

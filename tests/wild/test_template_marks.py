@@ -159,9 +159,7 @@ def test_answers_that_run_on_are_left_out_and_counted(chatml: Path, tmp_path: Pa
     assert (teacher["used"] + teacher["held_out"], teacher["marked"]) == (9, teacher["used"])
     assert teacher["left_out"] == {"goes on after its end": len(RUNS_ON)}
     _, out, _ = call("data", config)
-    assert f"{teacher['used']} traces of one held marks of a chat template: they were taken off" in " ".join(
-        out.split()
-    )
+    assert f"{teacher['used']} traces of one had marks of a chat template, which were removed" in " ".join(out.split())
 
 
 # --- prompts that are rendered ---------------------------------------------------------------------------
