@@ -1,6 +1,6 @@
 """Adapters: PEFT's adapters read as updates of a base, merged, looked at, and written so that PEFT loads them.
 
-It takes folders, Hub names and live models. It trains nothing, and what it cannot take exactly it refuses by name.
+Adapters are folders, Hub names or live models. Nothing is trained here, and what cannot be merged exactly is refused.
 """
 
 import lazy_loader

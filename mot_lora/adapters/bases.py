@@ -1,4 +1,4 @@
-"""Whether two adapters' bases are one model: by their folders where these are there, else by what they are called."""
+"""Whether two adapters' bases are one model: by their folders where these exist, else by their names."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ class _Name(NamedTuple):
 
 
 def compare(one: str, other: str) -> Verdict:
-    """What is known of two bases: they are one model, seem so by their names alone, may be or not, or are two.
+    """What is known of two bases: they are one model, seem so by name only, may or may not be, or are two.
 
     Folders that are there are compared by their contents. The Hub's name is known as such, in the caches of the Hub and
     of ModelScope, as the last part of a path, and of copies in fewer bits.
@@ -89,7 +89,7 @@ def _is_generic(model: str) -> bool:
 
 
 def _fingerprint(folder: Path) -> str:
-    """That of a model's folder; empty where it cannot be read as one, as a quantized copy's."""
+    """The fingerprint of a model's folder; empty where it cannot be read as one, as a quantized copy."""
     try:
         return Checkpoint.open(folder).fingerprint()
     except (UserError, OSError):

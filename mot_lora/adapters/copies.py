@@ -79,8 +79,8 @@ def check_copy(adapter: StoredAdapter, key: str, full: str, stored: str, trainab
         base = adapter.base
     except UserError as e:
         raise UserError(
-            f"{adapter.label}: key {stored} is no part of a LoRA, and whether it is the base's own weight cannot be "
-            f"told without it ({e})"
+            f"{adapter.label}: key {stored} is no part of a LoRA, and whether it is the base's own weight can only "
+            f"be seen with the base ({e})"
         ) from e
     weight, copy = base.weight(key), adapter.read(stored)
     weight, copy = (t[None] if t.ndim == 0 else t for t in (weight, copy))
@@ -93,8 +93,8 @@ def check_copy(adapter: StoredAdapter, key: str, full: str, stored: str, trainab
         also = f"; then {listed} if it was trained" if listed else ""
         raise UserError(_resized(adapter, stored, list(copy.shape), list(weight.shape)) + also)
     raise UserError(
-        f"{adapter.label}: {stored} is not the base's weight: it was trained too, or is of another base; "
-        f"name that one with base= or --base{f', or {listed} if it was trained' if listed else ''}"
+        f"{adapter.label}: {stored} is not the base's weight: it was trained too, or belongs to another base; "
+        f"name that base with base= or --base{f', or {listed} if it was trained' if listed else ''}"
     )
 
 
@@ -105,15 +105,15 @@ def _is_turned(adapter: StoredAdapter, full: str, stored: str) -> bool:
 
 
 def _resized(adapter: StoredAdapter, stored: str, shape: list[int], size: list[int]) -> str:
-    line = f"{adapter.label}: {stored} is {shape}, its base's has another shape, {size}"
+    line = f"{adapter.label}: {stored} is {shape}, but {size} in its base"
     if 0 in shape:
         return f"{line}; {UNGATHERED}"
     if shape[1:] == size[1:]:
         return (
-            f"{line}: its vocabulary was resized; resize the base's as well (model.resize_token_embeddings("
-            f"{shape[0]}), save_pretrained with the adapter's tokenizer) and name that one with base= or --base"
+            f"{line}: its vocabulary was resized; resize the base too (model.resize_token_embeddings("
+            f"{shape[0]}), save_pretrained with the adapter's tokenizer) and name the result with base= or --base"
         )
-    return f"{line}; is it its base?"
+    return f"{line}; is this its base model?"
 
 
 def _are_rounded(weight: Tensor, copy: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Adapters looked at before they are merged: sizes, agreement, and what a smaller copy of their mean would lose."""
+"""Adapters compared before they are merged: sizes, agreement, and what a smaller copy of their mean would lose."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Adapters of a live PEFT model: out as updates, and a merge of them back in as one more adapter."""
+"""Adapters of a live PEFT model: read as updates, and their merge added as one more adapter."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from mot_lora.merging.merged import combine
 from mot_lora.merging.methods import Method
 from mot_lora.patterns import PerModule
 
-_state_dicts = cast("Any", save_and_load)  # of a PEFT model, whose types it tells in part
+_state_dicts = cast("Any", save_and_load)  # which has types only in part
 
 
 def adapter_from_peft(model: PeftModel, name: str | None = None) -> Adapter:
@@ -72,7 +72,7 @@ def add_merged_adapter(
     seed: int = 0,
     space: str | None = None,
 ) -> SaveRecord:
-    """Add an adapter that is the merge of others by their true deltas; where one calls `add_weighted_adapter`.
+    """Add an adapter that is the merge of others by their true deltas, in place of `add_weighted_adapter`.
 
     A linear merge is exact (rank sum(r)) without a rank; otherwise each module gets the best copy of `rank`, and the
     record says what it cost: the share |lost| / |D|, in all and by module. The base may be in 4, 8 or 16 bits, the
@@ -93,7 +93,7 @@ def add_merged_adapter(
         if isinstance(base.modules.get(module), AuxiliaryTrainingWrapper):
             raise UserError(
                 f"{module}: PEFT cannot hold a LoRA beside trained tokens or a trained copy in one model; "
-                "save_adapter the merge and load it into the plain base"
+                "save the merge with save_adapter and load it into the plain base"
             )
     packed = pack(combine(adapters, method, weights, density, scale, seed, space), rank, filled=False)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -109,7 +109,7 @@ def add_merged_adapter(
             module.training = training
     if result.unexpected_keys:
         model.delete_adapter(new_name)
-        raise UserError(f"PEFT did not take {result.unexpected_keys[0]} of the merge up; nothing was added")
+        raise UserError(f"PEFT did not accept {result.unexpected_keys[0]} of the merge; nothing was added")
     return packed.record
 
 

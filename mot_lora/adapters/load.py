@@ -34,7 +34,7 @@ Pattern = Annotated[str, AfterValidator(_is_pattern)]
 
 
 class _Asked(BaseModel):
-    """What is read of an adapter's config, of the types that PEFT writes; the rest is left as it is."""
+    """The settings of an adapter's config that are read, in the types that PEFT writes."""
 
     r: int | None = None
     lora_alpha: float | None = None
@@ -57,10 +57,10 @@ def load_adapter(
     device: str | torch.device = "cpu",
     base: str | Path | Checkpoint | None = None,
 ) -> Adapter:
-    """Read a PEFT LoRA folder, or a Hub adapter. Every tensor in it is used, or it is refused.
+    """Read a PEFT LoRA folder, or a Hub adapter. Every tensor in it is used, or the adapter is refused.
 
     D = alpha/r * B @ A, alpha/sqrt(r) * B @ A for rsLoRA; rank_pattern and alpha_pattern count. Tensors are read when
-    their module is asked for, so that an adapter takes no memory. DoRA, modules_to_save, trainable_token_indices and
+    their module is asked for, so an open adapter takes no memory. DoRA, modules_to_save, trainable_token_indices and
     several target_parameters of one module need the base; it is `base`, or the folder that the adapter itself names.
     The adapter is named after its folder unless `name` is given.
 
@@ -127,7 +127,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def two_names(adapters: Sequence[Adapter]) -> tuple[tuple[Adapter, str], tuple[Adapter, str]] | None:
-    """Modules of two adapters that may be one by other names, those of another class (AutoModel) or release."""
+    """Modules of two adapters that may be the same one under the names of two model classes or releases."""
     seen: dict[str, tuple[Adapter, str]] = {}
     for adapter in adapters:
         mine = {TEXT.sub("", module): module for module in adapter.updates}
@@ -140,10 +140,10 @@ def two_names(adapters: Sequence[Adapter]) -> tuple[tuple[Adapter, str], tuple[A
 
 
 def check_names(adapters: Sequence[Adapter]) -> None:
-    """UserError where two adapters may call one module by two names, which only their base can tell."""
+    """UserError where two adapters may call one module by two names, which only their base can show."""
     if clash := two_names(adapters):
         (a, one), (b, other) = clash
         raise UserError(
-            f"adapter `{a.name}` has {one} where `{b.name}` has {other}: they may be one module, of a model in another "
-            "class or release; name their base with base= or --base, which tells"
+            f"adapter `{a.name}` has {one} where `{b.name}` has {other}: these may be one module under "
+            "the names of two model classes or releases; name their base with base= or --base"
         )

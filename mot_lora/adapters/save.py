@@ -1,4 +1,4 @@
-"""Updates in PEFT's own form: an adapter's config and tensors, and the folder that holds them."""
+"""Updates written as PEFT writes them: an adapter's config and tensors, and the folder that holds them."""
 
 import json
 import math

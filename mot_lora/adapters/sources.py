@@ -1,4 +1,4 @@
-"""Adapters wherever they are: folders, Hub names, live models; read, and merged."""
+"""Adapters from folders, the Hub and live models, read and merged."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ def merge_adapters(
 
     `adapters` are folders, Hub names, Adapters, live PEFT models (their active adapter) or pairs of a model and an
     adapter's name. D_module = method(scaling_i * B_i @ A_i); all else as in `merged.combine`. `base` is the model that
-    they are all for: it is needed by DoRA and the like, and vouches for adapters that name different bases.
+    they are all for: DoRA and the like need it, and with it adapters may name different bases.
 
     Errors: UserError for what an adapter or the merge cannot do, and for adapters that name different bases.
 
@@ -51,7 +51,7 @@ def merge_adapters(
 
 
 def read_adapters(adapters: "Sequence[Source]", base: str | Path | Checkpoint | None = None) -> list[Adapter]:
-    """Adapters from wherever they are. Folders of one name get as much of their path as tells them apart."""
+    """Read adapters. Folders of one name are called by as much of their paths as distinguishes them."""
     folders = [Path(a) for a in adapters if isinstance(a, str | Path)]
     if twice := next((f for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1), None):
         raise UserError(f"{twice}: listed twice; to count it more, give it a weight")
@@ -74,7 +74,7 @@ def _read(source: Any) -> Adapter:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell them all apart.
+    """The last parts of each path, as few as distinguish them all.
 
     >>> short_names([Path("a/checkpoint-9"), Path("b/checkpoint-9")])
     ['a/checkpoint-9', 'b/checkpoint-9']
@@ -88,7 +88,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def with_common_names(adapters: Sequence[Adapter], base: str | Path | Checkpoint) -> Sequence[Adapter]:
-    """Adapters that all call a module by its name in the base, where they do not call it alike."""
+    """Adapters with the base's names of modules, where they do not use the same ones themselves."""
     if two_names(adapters) is None:
         return adapters
     layout = Layout(base if isinstance(base, Checkpoint) else Checkpoint.open(base))
@@ -107,17 +107,17 @@ def _renamed(updates: Mapping[str, Update], layout: Layout) -> Mapping[str, Upda
 
 
 def check_bases(adapters: Sequence[Adapter]) -> None:
-    """That adapters are of one base, as far as what they say of it and its folders tell.
+    """Check that adapters name one base, by its folders where these exist, else by its names.
 
-    Errors: UserError for two bases, and for folders of one name that may hold any model; a Remark where the name alone
-    says that it is one.
+    Errors: UserError for two bases, and for folders of one name that may hold any model; a Remark where only the name
+    is the same.
     """
     said_by = [(a.name, a.base) for a in adapters if a.base]
     for name, base in said_by[1:]:
         verdict = compare(said_by[0][1], base)
-        said = f"adapter `{said_by[0][0]}` is of {said_by[0][1]}, `{name}` of {base}"
+        said = f"adapter `{said_by[0][0]}` was trained on {said_by[0][1]}, `{name}` on {base}"
         if verdict == "by name":
-            remark(f"{said}: one base by its name alone; to be sure, name it with base= or --base")
+            remark(f"{said}: the same base by name only; to be sure, name it with base= or --base")
         elif verdict != "one":
-            why = ", which says nothing of the model in it" if verdict == "unknown" else ""
+            why = ", which does not say what model it is" if verdict == "unknown" else ""
             raise UserError(f"{said}{why}; if these are the same weights, say so with base= or --base")

@@ -64,7 +64,7 @@ def updates(adapter: StoredAdapter) -> Mapping[str, Update]:
             makers[key] = _sum(adapter, key, makers[key], make) if key in makers else make
     if not makers:
         raise UserError(f"{adapter.label}: holds no LoRA factors")
-    # a name that the model never had cannot be told from one of which nothing was saved
+    # a name that the model never had looks like one of which nothing was saved
     _check_modules_to_save(adapter, groups)
     _check_tokens(adapter, groups)
     _check_tying(adapter, makers)
@@ -116,7 +116,7 @@ def _sum(adapter: StoredAdapter, key: str, one: Maker, other: Maker) -> Maker:
 
 
 def _check_module(adapter: StoredAdapter, module: str, key: str) -> None:
-    """UserError for a name that some wrapper has left; only the base knows a model's own such names."""
+    """UserError for a name that a wrapper has left behind; only the base shows which are the model's own."""
     try:
         adapter.base.module(module)
     except UserError as e:
@@ -173,7 +173,7 @@ KINDS = {
 
 
 def _classify(name: str, key: str, label: str) -> tuple[str, str]:
-    """The module that a tensor belongs to, and what it is of it."""
+    """The module that a tensor belongs to, and which part of it the tensor is."""
     name = name.removeprefix(PREFIX)
     for pattern, kind in KINDS.items():
         if match := re.fullmatch(rf"(.+?)\.{pattern}", name):

@@ -43,7 +43,7 @@ class _Name(NamedTuple):
 def unwrapped(keys: Iterable[str], label: str, same: Callable[[str, str], bool]) -> dict[str, str]:
     """PEFT's own name for each tensor of an adapter, without what wrappers and adapters' names have put into it.
 
-    A tensor that is there twice, which `same` tells, is taken once: PEFT itself saves trained embeddings so.
+    A tensor that is stored twice (`same` compares the values) is taken once: PEFT saves trained embeddings so.
 
     Errors: UserError for tensors of two adapters, of two models, for two that have one name, and for one that PEFT
     cannot have saved.

@@ -26,7 +26,7 @@ from mot_lora.errors import UserError
 class Checkpoint:
     """A model folder of safetensors shards, read one tensor at a time and never written.
 
-    Which of its files are the model is decided as transformers decides it; `remarks` tell what was left.
+    Its files are chosen as transformers chooses them; `remarks` name what was left out.
 
     Errors: UserError for a folder that is no model, an adapter, a .bin checkpoint or one that is already quantized.
 
@@ -39,8 +39,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, name: str | Path, weights: bool = True) -> "Checkpoint":
-        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache: its weights, unless they
-        are not wanted yet. Code that comes with it is not run.
+        """Open a local folder, or a Hub model, which is downloaded once into the Hub's cache, without its weights where
+        `weights` is False. No code that comes with it is run.
         """
         path = locate(name, ignore=NOT_DOWNLOADED)
         if not (path / "config.json").exists():
@@ -61,12 +61,12 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config without what is not true of the weights: that they are quantized, or have a name of their own."""
+        """The config without what is not true of the weights that are read: a quantization, a file of another name."""
         return {key: value for key, value in without(self.stored_config).items() if key != NAMED}
 
     def _refuse_quantized(self, weights: bool) -> None:
         method = method_of(self.stored_config)
-        # where the config says nothing, the weights are looked at when they are wanted
+        # where the config says nothing, the weights are looked at once they are here
         seen = self._tensors if weights else self._tensors_to_come() if method else None
         if seen and (why := why_quantized(seen)):
             raise UserError(
@@ -80,14 +80,14 @@ class Checkpoint:
             )
 
     def _tensors_to_come(self) -> Mapping[str, tuple[torch.dtype, Sequence[int]]]:
-        """What the weights are, which need not be here yet; empty where that cannot be told."""
+        """The formats and shapes of weights that may not be downloaded yet; empty where they are unknown."""
         from huggingface_hub import get_safetensors_metadata
 
         if Path(self.name).is_dir():
             return self._tensors if any(self.weights.beside) else {}
         try:
             files = get_safetensors_metadata(self.name).files_metadata.values()
-        except Exception:  # offline, gated, not safetensors: told when the weights are wanted
+        except Exception:  # offline, gated, not safetensors: an error once the weights are opened
             return {}
         return {n: (DTYPES.get(t.dtype, torch.uint8), t.shape) for file in files for n, t in file.tensors.items()}
 
@@ -116,13 +116,13 @@ class Checkpoint:
         return {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
 
     def _may_lack(self, name: str) -> bool:
-        """Whether a tensor is the head of a model that ties it to the embedding, so that it need not be stored."""
+        """Whether a tensor is a head that is tied to the embedding, and so need not be stored."""
         inner: list[Any] = [v for k, v in self.config.items() if k.endswith("_config") and isinstance(v, dict)]
         return name.endswith("lm_head.weight") and any(c.get("tie_word_embeddings") for c in (self.config, *inner))
 
     @property
     def remarks(self) -> list[str]:
-        """What the folder holds or says that is no part of the model, and is left: a line each."""
+        """What the folder holds that is not part of the model and is left out, a line each."""
         shards = set(self.weights.shards)
         beside = [
             path.name for path in self.weights.beside if path not in shards and not path.name.startswith("adapter_")
@@ -145,7 +145,7 @@ class Checkpoint:
 
     @property
     def companions(self) -> list[Path]:
-        """The files that travel with the weights, relative to the folder; the config, which tells of them, apart."""
+        """The files that travel with the weights, relative to the folder, without the config, which describes them."""
         return [file for file in companions(self.path) if file != Path("config.json")]
 
     @contextmanager
@@ -174,12 +174,12 @@ class Checkpoint:
         return next((name for name in found if name), None)
 
     def where(self, name: str) -> tuple[Path, int]:
-        """The shard that holds a tensor, and its place in it: tensors in this order lie one after the other on disk."""
+        """The shard that holds a tensor and its offset there; sorted by these, tensors are in their order on disk."""
         file = self.files[name]
         return file.path, file.entries[name].start
 
     def fingerprint(self) -> str:
-        """A hash of the config and of each shard's size, header and last MiB: cheap, and it tells two models apart."""
+        """A hash of the config and of each shard's size, header and last MiB: cheap, and different for two models."""
         digest = hashlib.sha256(json.dumps(self.stored_config, sort_keys=True).encode())
         for shard in sorted({file.path for file in self.files.values()}):
             with shard.open("rb") as file:
@@ -191,8 +191,8 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def fingerprints(self) -> dict[str, str]:
-        """What tells a student: its fingerprint, and a hash of samples of every tensor, which tells a model from one
-        that was trained further in some layers.
+        """What identifies a student: its fingerprint, and a hash of samples of every tensor, which also differs when
+        only some layers were trained further.
         """
         digest = hashlib.sha256()
         for name in sorted(self.files, key=self.where):

@@ -9,7 +9,7 @@ WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx*", "*.ot"),
     *("*.tflite", "*.pkl", "*.distcp", "*.nemo", "*.llamafile", "*.mlmodel", "weights*.npz", "consolidated*"),
 )
-OF_WEIGHTS = ("*.index.json", "params.json", "adapter_config.json", "*.incomplete")  # what tells of weights
+OF_WEIGHTS = ("*.index.json", "params.json", "adapter_config.json", "*.incomplete")  # files about weights
 QUANTIZED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # of GPTQ, AWQ and ModelOpt
 TRAINING = (
     *("trainer_state.json", "training_args.*", "trainer_log.jsonl", "*_results.json", "events.out.tfevents*"),
@@ -25,8 +25,8 @@ NOT_DOWNLOADED = [p for name in NOT_WANTED for p in (name, f"{name}/*", f"*/{nam
 def companions(folder: Path) -> list[Path]:
     """The files that travel with the weights of a model folder, relative to it.
 
-    All but weights, training state, and what tells of either or of the base alone (its README). A folder inside that
-    holds weights is another model, or the same in another format.
+    All but weights, training state, and files about these or about the base alone (its README). A folder inside that
+    holds weights is another model, or the same one in another format.
 
     Errors: UserError for a link to nothing, as in a cache that was cleared by hand.
     """
@@ -38,7 +38,7 @@ def companions(folder: Path) -> list[Path]:
             if not _holds_weights(path):
                 found += [path.name / inner for inner in companions(path)]
         elif not path.exists():
-            raise UserError(f"{path}: a link to nothing; download the model again")
+            raise UserError(f"{path}: a broken link; download the model again")
         elif path.is_file():
             found.append(Path(path.name))
     return found

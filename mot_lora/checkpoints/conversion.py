@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Way:
-    """Where loading takes a stored tensor: the parameter that it becomes, or is made into one with others.
+    """What a stored tensor becomes when it is loaded: a parameter, or with others a part of one.
 
-    `pattern` is that of the converter that it goes through, None where it is only renamed; `piece` what it is called
-    there.
+    `pattern` is that of the converter that it goes through, None where it is only renamed; `piece` its name there.
     """
 
     parameter: str
@@ -48,7 +47,7 @@ class Conversion:
         return {name: way for name, way in found if way}
 
     def way(self, name: str) -> Way | None:
-        """Where loading takes a tensor that is stored under this name; None where it is passed over."""
+        """What a tensor that is stored under this name becomes; None where it is not loaded."""
         found, pattern = self._rename(name, self._renamings, self._converters)
         if found not in self.shapes and name in self.shapes:  # it was right as it is
             found, pattern = self._rename(name, [], [])

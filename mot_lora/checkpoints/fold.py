@@ -38,7 +38,8 @@ def fold_checkpoint(
     Each weight is summed in fp32 (in fp64 where it is stored or written in fp32) and rounded once, to `dtype` or to
     what the base is stored in. Memory is bounded by one tensor, whatever the number of adapters. Embeddings and head
     that are tied in the base and get different updates are written apart. All is written to a temporary folder beside
-    `out` and renamed: `out` is whole or not there. With `verify`, it is read back before (see `verify_checkpoint`).
+    `out`, which is renamed at the end: `out` is complete or does not exist. With `verify`, it is read back first (see
+    `verify_checkpoint`).
 
     Errors: UserError when `out` exists, an update fits no tensor of the base, or what was read back is not W_0 + D.
 
@@ -57,8 +58,8 @@ def fold_placement(
 ) -> KeptRecord:
     """`fold_checkpoint`, which returns how much of the update is in what was written.
 
-    `texts` makes of that what else is written, by file: a README, say. It is measured as the tensors are written: no
-    tensor is read for it.
+    `texts` makes from that other files to write, by name: a README, say. It is measured while the tensors are written,
+    so none is read again for it.
     """
     placement.check()
     check_new(out)
@@ -98,7 +99,7 @@ def _write(p: Placement, out: Path, progress: Progress) -> KeptRecord:
         odd.extend(write_tensors(out / file, entries, counted()))
     if odd:
         more = f" and {len(odd) - 1} more" if odd[1:] else ""
-        remark(f"{p.checkpoint.name}: {odd[0]}{more} holds inf or NaN, the base's own, which are written as they are")
+        remark(f"{p.checkpoint.name}: {odd[0]}{more} holds inf or NaN in the base already and is written unchanged")
     _companions(p, out)
     return KeptRecord.of(sums)
 
@@ -121,8 +122,8 @@ def _tensors(
                 folded, kept, square = _round(base := p.read(name), pieces[name], to, exact)
                 if not math.isfinite(kept) and not _is_finite(name, base, folded):
                     raise UserError(
-                        f"{p.checkpoint.name}: {name}, which is updated, holds inf or NaN in the base itself; give a "
-                        "base that is whole"
+                        f"{p.checkpoint.name}: {name}, which is updated, holds inf or NaN in the base itself; give "
+                        "an undamaged base model"
                     )
                 before = sums.get(layer := layer_of(module), (0.0, 0.0))
                 sums[layer] = before[0] + kept, before[1] + square

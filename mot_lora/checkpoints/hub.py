@@ -27,4 +27,6 @@ def download(
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{name}: neither a folder here nor a {kind} on the Hub that can be had now ({reason})") from e
+        raise UserError(
+            f"{name}: neither a local folder nor a {kind} that can be downloaded from the Hub ({reason})"
+        ) from e

@@ -1,4 +1,4 @@
-"""How a checkpoint's tensors hold a model's parameters: under which names, transposed, tied, stacked or in pieces."""
+"""How a checkpoint stores a model's parameters: under which names, transposed, tied, stacked or in pieces."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -38,8 +38,8 @@ class Target:
 class Layout:
     """A checkpoint as transformers understands it: where an update, which is [out, in], goes.
 
-    The model itself, without weights, is built only where names and shapes leave a doubt: it takes seconds. Of a class
-    that transformers does not have, whose code comes with it, the stored names are the model's.
+    The model itself, without weights, is built only where names and shapes leave a doubt: it takes seconds. Where
+    transformers does not have its class, the stored names are taken for the model's.
     """
 
     checkpoint: Checkpoint
@@ -138,11 +138,11 @@ class Layout:
             if found := self._target(name):
                 self._check_told(found.name)
                 return self._targets.setdefault(module, found)
-        what = f"{module}: its layer has no bias to take the adapter's up" if module.endswith(".bias") else module
-        raise UserError(f"{self.checkpoint.name}: has no {what}, which an adapter updates; is it their base?")
+        what = f"{module}: its layer has no bias to add the adapter's to" if module.endswith(".bias") else module
+        raise UserError(f"{self.checkpoint.name}: has no {what}, which an adapter updates; is this their base model?")
 
     def _check_told(self, name: str) -> None:
-        """Without the model's class it cannot be told what shares the values of an embedding or a head."""
+        """Without the model's class, what shares the values of an embedding or a head is unknown."""
         inside = any(part.isdigit() for part in name.split("."))
         said = [self.checkpoint.config, *(self.checkpoint.config.get(key) or {} for key in TEXT_CONFIGS)]
         ties = {config["tie_word_embeddings"] for config in said if "tie_word_embeddings" in config}
@@ -151,8 +151,8 @@ class Layout:
         if len(self.stored_shape(name) or ()) > 1:
             kind = ", ".join(self.checkpoint.config.get("architectures") or ["?"])
             raise UserError(
-                f"{self.checkpoint.name}: transformers has no `{kind}`, so that it cannot be told whether {name} is "
-                "tied to another; if not, say `tie_word_embeddings: false` in its config.json"
+                f"{self.checkpoint.name}: transformers does not know `{kind}`, so whether {name} is tied to another "
+                "parameter is unknown; if it is not, set `tie_word_embeddings: false` in its config.json"
             )
 
     @cached_property
@@ -185,7 +185,7 @@ class Layout:
                 return self.model.get_submodule(known)
             except AttributeError:
                 continue
-        raise UserError(f"{self.checkpoint.name}: has no {name}, which an adapter updates; is it their base?")
+        raise UserError(f"{self.checkpoint.name}: has no {name}, which an adapter updates; is this their base model?")
 
     def is_beside(self, name: str) -> bool:
         """Whether a parameter, or a stored tensor, is of what stands beside the text model: one that sees or hears."""
@@ -273,7 +273,7 @@ class Layout:
         if held := self.holders.get(name):
             return self.checkpoint.tensor(held[0]).to(dtype)
         if not (way := self.made.get(name)):
-            raise UserError(f"{self.checkpoint.name}: has no {name}, which an adapter needs; is it their base?")
+            raise UserError(f"{self.checkpoint.name}: has no {name}, which an adapter needs; is this their base model?")
         pieces = {p: self.checkpoint.tensor(self._held(p)[0]).to(dtype) for p in self._conversion.pieces(way)}
         return self._converted(way, pieces, together=True)[name]
 

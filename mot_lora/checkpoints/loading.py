@@ -62,7 +62,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Loaded | N
 
 @contextmanager
 def without_bars() -> Generator[None]:
-    """Keep back the bar that transformers shows for loaded tensors; progress has its own seam here."""
+    """Hide the bar that transformers shows for loaded tensors; this package shows its own progress."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -76,7 +76,7 @@ def without_bars() -> Generator[None]:
 
 @contextmanager
 def without_warnings() -> Generator[None]:
-    """Keep back what transformers logs."""
+    """Hide what transformers logs but errors."""
     from transformers.utils import logging
 
     said = logging.get_verbosity()

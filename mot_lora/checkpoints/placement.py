@@ -68,13 +68,13 @@ class Placement:
                 name = next(iter(self.layout.names(target)), target.name)
                 raise UserError(
                     f"{self.checkpoint.name}: {name} is {list(wanted)}, the update of {module} by adapter "
-                    f"{self._adapters_of(module)} {list(shape)}; is it their base?"
+                    f"{self._adapters_of(module)} {list(shape)}; is this their base model?"
                 )
         return targets
 
     @cached_property
     def units(self) -> dict[str, list[str]]:
-        """The updated modules, together those that some stored tensor holds together, by a name for them."""
+        """The updated modules in groups, by name: those that share a stored tensor are one group."""
         if self.plain:
             return {module: [module] for module in self.shapes}
         together: dict[str, list[str]] = {}
@@ -111,7 +111,7 @@ class Placement:
 
     @cached_property
     def untied(self) -> dict[str, str]:
-        """What the folded model holds apart, and the base does not: its name, and where the base has its values."""
+        """What the base ties and the folded model stores apart -> the tensor that holds its values in the base."""
         if self.plain:
             return {}
         modules = {target.name: module for module, target in self.targets.items()}
@@ -140,8 +140,8 @@ class Placement:
         return ", ".join(f"`{a.name}`" for m in self.ledger for a in m.adapters if module in a.updates)
 
     def check(self) -> None:
-        """Everything that can be known to be wrong before anything is written."""
-        assert self.places is not None  # what fits nothing is told first
+        """Find every mistake that can be found before anything is written."""
+        assert self.places is not None  # an update that fits nothing is the first mistake to report
         for adapter in (a for m in self.ledger for a in m.adapters):
             check_complete(adapter, self.layout, self.plain)
         if not self.plain and not all(m.method == "linear" and m.space is None for m in self.ledger):
@@ -162,8 +162,8 @@ class Placement:
                 other = partly.get(target.name)
             if other:
                 raise UserError(
-                    f"{target.name}: updated as {module} and as {other}: adapters of two layouts; save them alike, or "
-                    "merge them by method linear"
+                    f"{target.name}: adapters update it under two names, {module} and {other}; save them in one "
+                    "layout, or merge with method linear"
                 )
             taken[target.name, target.expert] = module
 
@@ -200,7 +200,7 @@ class Placement:
     def kept(self) -> set[str]:
         """The stored tensors that transformers holds in fp32 where it loads the model in `dtype`: routers' corrections.
 
-        Where it cannot tell, those that a model of 16 bits stores in fp32.
+        Where it has no such class, those that a model of 16 bits stores in fp32.
         """
         try:
             loaded = load(self.checkpoint, self.dtype)

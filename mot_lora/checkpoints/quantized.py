@@ -1,4 +1,4 @@
-"""Whether stored weights are quantized, by what they are: the format of their numbers, and what stands beside them."""
+"""Whether stored weights are quantized: by the format of their numbers, and by the tensors beside them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ WRITTEN_BY = {
 
 
 def why_quantized(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> str | None:
-    """What shows that weights are stored quantized: a tensor and its format, or who writes such; None for no.
+    """The sign that weights are stored quantized: a tensor and its format, or its maker; None where there is none.
 
     tensors: the format and shape of each.
 
@@ -55,7 +55,7 @@ def why_quantized(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> s
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
-    """The quantization that a config tells of, which may be long undone; None for none.
+    """The quantization that a config names, which may have been undone since; None for none.
 
     >>> method_of({"quantization_config": {"quant_method": "gptq", "bits": 4}})
     'gptq'
@@ -70,7 +70,7 @@ def method_of(config: Mapping[str, Any]) -> str | None:
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that tells of no quantization, nor do the configs inside it."""
+    """A config without its quantization, also in the configs inside it."""
     return {
         key: without(cast("dict[str, Any]", value)) if key.endswith("_config") and isinstance(value, dict) else value
         for key, value in config.items()

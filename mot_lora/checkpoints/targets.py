@@ -1,4 +1,4 @@
-"""What a PEFT LoRA config asks for: which modules, and what no update of the base can be."""
+"""What a PEFT LoRA config asks for: which modules, and what cannot be an update of the base."""
 
 import re
 from collections.abc import Mapping
@@ -41,6 +41,7 @@ def is_within(module: str, target: str) -> bool:
 
 
 def ends(module: str, target: str) -> bool:
+    """Whether a module is called like this, or ends so at a dot."""
     return module == target or module.endswith(f".{target}")
 
 

@@ -119,7 +119,7 @@ class TensorFile:
                     self._file.seek(at)
                     count = self._file.readinto(left)
             except OSError as e:
-                raise UserError(f"{self.path}: {name} cannot be read ({e.strerror}); is its disk well?") from e
+                raise UserError(f"{self.path}: {name} cannot be read ({e.strerror}); check its disk") from e
             if not count:
                 raise UserError(f"{self.path}: {name} is cut off; the file was shortened while it was read")
             left, at = left[count:], at + count
@@ -138,7 +138,7 @@ class TensorFile:
         return None
 
     def copy(self, name: str, to: IO[bytes]) -> bool:
-        """Write one tensor's bytes where an open file stands; whether its numbers are all finite."""
+        """Write one tensor's bytes at the position of an open file; returns whether its numbers are all finite."""
         entry, finite = self.entries[name], True
         for start in range(entry.start, entry.end, RUN):
             part = self._read(Entry(entry.dtype, (-1,), start, min(start + RUN, entry.end)), name)
@@ -191,7 +191,7 @@ def write_tensors(
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all of a tensor's numbers are finite: its ends are, which is several times as fast as to ask each."""
+    """Whether all of a tensor's numbers are finite: its minimum and maximum are, which is several times faster."""
     if not values.is_floating_point() or not values.numel():
         return True
     wide = values.float() if values.dtype.itemsize == 1 else values

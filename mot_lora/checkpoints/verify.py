@@ -1,4 +1,4 @@
-"""A folded checkpoint read back, and held against W_0 + D."""
+"""A folded checkpoint read back and compared with W_0 + D."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def verify_checkpoint(
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> VerifyRecord:
-    """Read a folded checkpoint back, and say of every tensor how far it is from W_0 + D.
+    """Read a folded checkpoint back, and measure how far each tensor is from W_0 + D.
 
     Arguments as they were in `fold_checkpoint`. The sum is made anew in fp64; an error of up to one unit (half a step
     of the format) is what rounding once costs. Every other tensor must be the base's own, bit by bit.
@@ -39,7 +39,7 @@ def verify_checkpoint(
 
 
 def verify_placement(p: Placement, out: Path, progress: Progress = silent) -> VerifyRecord:
-    """Read what was written, and hold every tensor against what it should be."""
+    """Read what was written, and compare every tensor with what it should be."""
     written = Checkpoint.open(out)
     if written.remarks:
         raise UserError(f"{written.remarks[0]}; fold again")
@@ -64,7 +64,8 @@ def verify_placement(p: Placement, out: Path, progress: Progress = silent) -> Ve
             if not found[name].error <= 1 + SLACK:
                 if not is_finite(p.read(name)):
                     raise UserError(
-                        f"{out}: {name} holds inf or NaN, as in {p.checkpoint.name} itself; give a base that is whole"
+                        f"{out}: {name} holds inf or NaN, as in {p.checkpoint.name} itself; give an undamaged "
+                        "base model"
                     )
                 raise UserError(
                     f"{out}: {name} is {found[name].error:.3g} units of rounding from W_0 + D; fold again, and "
@@ -93,7 +94,7 @@ def _check_loading(p: Placement, written: Checkpoint) -> bool:
     if lost := found.missing | found.mismatched:
         raise UserError(
             f"{written.path}: transformers finds no {min(lost)} in it, as in {p.checkpoint.name}, and would fill it at "
-            "random; give a base that is whole"
+            "random; give an undamaged base model"
         )
     if found.unexpected and (added := found.unexpected - cast("Loaded", load(p.checkpoint)).unexpected):
         raise UserError(f"{written.path}: transformers finds no place for {min(added)}; fold again")

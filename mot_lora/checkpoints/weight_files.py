@@ -59,6 +59,7 @@ class WeightFiles:
 
     @property
     def beside(self) -> list[Path]:
+        """Every .safetensors file of the folder."""
         return sorted(self.path.glob("*.safetensors"))
 
     @property
@@ -88,6 +89,7 @@ class WeightFiles:
 
 
 def read_object(file: Path, what: str) -> dict[str, Any]:
+    """The JSON object that a file holds. Errors: UserError, which says `what` it should be."""
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers is told of nf4 (with double quantization), int8 or none; nf4 layers compute in `dtype`."""
+    """What transformers takes for nf4 (with double quantization), int8 or none; nf4 layers compute in `dtype`."""
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -42,7 +42,7 @@ def read_weight(layer: nn.Module) -> Tensor:
 def write_weight(layer: nn.Module, value: Tensor) -> None:
     """Round fp32 weights [out, in] once, to the format that the layer has, in place.
 
-    Nothing that stays is allocated: weights that moved would leave the heap in pieces, the more the larger the model.
+    In place, since new buffers would fragment the heap, the more the larger the model.
     """
     weight = cast("Any", layer.weight)
     value = value.to(weight.device)
@@ -78,7 +78,7 @@ def _statistics(state: Any) -> list[Tensor]:
 
 
 def release_weight(layer: nn.Module) -> None:
-    """Let go of what a layer's quantized weight is read with; the codes are its parameter."""
+    """Free what a layer's quantized weight is read with, beside the codes, which are its parameter."""
     weight = cast("Any", getattr(layer, "weight", None))
     if isinstance(layer, Linear4bit) and weight.quant_state is not None:
         state = weight.quant_state

@@ -1,7 +1,7 @@
 """Data: from the rows that people have to traces, tokens and judged answers.
 
-It knows the world's spellings of rows, conversations, chains of thought, chat templates and answers, and nothing of
-models' weights or of training.
+It knows how people write rows, conversations, chains of thought, chat templates and answers. Nothing here loads a
+model's weights or trains.
 """
 
 import lazy_loader

@@ -32,7 +32,7 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Template":
-        """Errors: UserError for a template that takes no question, or several of which none is the default."""
+        """Errors: UserError for a template that accepts no question, or several of which none is the default."""
         try:
             text = cast("Any", tokenizer).get_chat_template()
         except ValueError as e:
@@ -84,7 +84,7 @@ def _render(
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
         roles = ", ".join(m["role"] for m in messages)
-        raise UserError(f"the student's chat template does not take a conversation of {roles} ({e})") from e
+        raise UserError(f"the student's chat template does not accept a conversation of {roles} ({e})") from e
     assert isinstance(text, str)
     return EMPTY_CHAIN.sub("", text) if thinking and answer else text
 
@@ -98,10 +98,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """The conversation as the student reads it, up to where its answer begins, with the tools that it offers.
 
-    One that the student's own template has rendered already is taken as it is.
+    A prompt that the student's own template has rendered already is taken as it is.
 
-    Errors: UserError for a conversation that the template does not take, for calls of tools and tools that it leaves
-    out, and for a conversation that another has rendered.
+    Errors: UserError for a conversation that the template does not accept, for tools that it leaves out, and for a
+    prompt that another template has rendered.
     """
     template = Template.of(tokenizer)
     messages = unmarked_prompt(tokenizer, prompt)
@@ -112,8 +112,8 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], t
         return begin + words if missing else words
     if begin := rendered_by(words):
         raise UserError(
-            f"its prompt is rendered by a chat template already, which is not the student's or has other messages "
-            f"before it (it begins with {begin}); give what the user says alone"
+            f"its prompt was rendered by a chat template that is not the student's, or has other messages before "
+            f"it (it begins with {begin}); give the user's words alone"
         )
     # of several templates, one can be for conversations with tools
     written = pinned(cast("Any", tokenizer).get_chat_template(tools=list(tools))) if tools else template.text
@@ -168,7 +168,7 @@ class EndedError(UserError):
 
 
 def turn_record(tokenizer: PreTrainedTokenizerBase) -> TurnRecord:
-    """What the student's template writes around its words, for people to see."""
+    """What the student's template writes around its words, for the report."""
     template, ids = Template.of(tokenizer), stop_ids(tokenizer)
     turn = template.turn
     return TurnRecord(

@@ -1,4 +1,4 @@
-"""A question of choices: its options, as data sets write them, and which of them is right."""
+"""Multiple-choice questions: their options, as data sets write them, and the right one."""
 
 import hashlib
 import re
@@ -60,8 +60,8 @@ UNCLEAR = "with unclear options"
 
 @dataclass(frozen=True)
 class Choices:
-    """The options of a question: their labels and texts, what the row calls them, from which number it counts them, and
-    the place of the right one.
+    """The options of a question: labels and texts, the row's names for them (`keys`), the number of the first, and the
+    place of the right one.
     """
 
     labels: tuple[str, ...]
@@ -83,7 +83,7 @@ class Choices:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """What is right to answer: the label, or the text, where answers in words can be told apart by it."""
+        """The right answers: the label, and the text where it identifies the option."""
         if self.right is None:
             return ()
         label, text = self.labels[self.right], self.texts[self.right]
@@ -114,7 +114,9 @@ class Choices:
         by_text = _index([" ".join(t.split()) for t in self.texts], text.casefold())
         by_place = self._counted(int(text)) if text.isdecimal() and len(text) < 4 else None
         if by_text is not None and by_place not in (None, by_text):
-            raise RowError(where, f"`{text}` is the text of one option and the place of another; name which", UNCLEAR)
+            raise RowError(
+                where, f"`{text}` is the text of one option and the place of another; give the option's letter", UNCLEAR
+            )
         return by_place if by_text is None else by_text
 
     def _counted(self, number: int) -> int | None:
@@ -124,7 +126,7 @@ class Choices:
 def find_choices(row: Mapping[str, Any], where: str, given: Any = None, said: Any = None) -> Choices | None:
     """The options of a row, by the names in use, or `given`; the right one too where the row, or `said`, names one.
 
-    Names are in lower case. None where the row is no question of choices.
+    Names are in lower case. None where the row has no options.
 
     Errors: RowError for options that are not understood, and for columns that call different ones right.
 
@@ -138,7 +140,7 @@ def find_choices(row: Mapping[str, Any], where: str, given: Any = None, said: An
     places = {name: place for name, value in named.items() if (place := found.place(value, where)) is not None}
     if len({*places.values()}) > 1:
         told = ", ".join(f"`{name}` says {found.labels[place]}" for name, place in places.items())
-        raise RowError(where, f"which option is right? {told}", UNCLEAR)
+        raise RowError(where, f"columns disagree about the right option: {told}", UNCLEAR)
     return replace(found, right=next(iter(places.values()), None))
 
 
@@ -258,6 +260,6 @@ def _right_and_wrong(row: Mapping[str, Any]) -> Choices | None:
 
 
 def _hashed(texts: Sequence[str], right: int | None) -> Choices:
-    """Options in an order that does not tell which is right, where the row's own order does."""
+    """Options in an order that does not give the right one away, as the row's own order would."""
     order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode("utf-8", "replace")).digest())
     return replace(_lettered([texts[i] for i in order]), right=None if right is None else order.index(right))

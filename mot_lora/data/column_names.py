@@ -70,5 +70,5 @@ MEDIA = re.compile(r"(images?|img|pictures?|audios?|speech|videos?)([ _]?\d+|_(p
 PREFERRED = ("chosen",)  # the better answer of a pair
 DESIRED = ("label", "kto_tag")  # whether an answer is a good one: TRL and ms-swift, LlamaFactory
 CALLED = ("tool_calls", "function_call")
-NO_CHAIN = ("on", "off", "yes", "no", "true", "false", "high", "medium", "low")  # how much was to be thought
+NO_CHAIN = ("on", "off", "yes", "no", "true", "false", "high", "medium", "low")  # settings of how much to think
 NO_ANSWER = ("proof", "notfound", "not found")  # NuminaMath-1.5's words for a problem without one

@@ -27,9 +27,7 @@ from mot_lora.data.cells import (
 from mot_lora.data.choices import Choices, find_choices
 from mot_lora.data.column_names import (
     CALLED,
-    COMPLETE,
     CONTEXT,
-    CORRECT,
     DESIRED,
     ELSE_QUESTION,
     GOLD,
@@ -37,7 +35,6 @@ from mot_lora.data.column_names import (
     MESSAGES,
     NESTED,
     NO_CHAIN,
-    NUMBERED,
     PREFERRED,
     QUESTION,
     REASONING,
@@ -71,7 +68,7 @@ class RowReader:
 
     @property
     def taken(self) -> set[str]:
-        """The columns that `columns` says the meaning of."""
+        """The columns whose meaning `columns` says."""
         return set(self.columns.values())
 
     @property
@@ -80,7 +77,7 @@ class RowReader:
 
     @cached_property
     def filled(self) -> dict[str, Any]:
-        """What the columns of no said meaning hold, by their names in lower case."""
+        """The filled columns whose meaning `columns` does not say, by their names in lower case."""
         free = ((n, self.row[name]) for n, name in self.names.items() if name not in self.taken)
         return {n: value for n, value in free if not is_empty(value)}
 
@@ -88,13 +85,13 @@ class RowReader:
         return RowError(self.where, message, reason)
 
     def lacks(self, role: str, names: Sequence[str], wanted: Sequence[str], reason: str) -> RowError:
-        """What to say of a row in which nothing fits a role: a column of it is empty, or there is none."""
+        """The error for a row in which nothing fits a role: its column is empty, or there is none."""
         free = [self.names[n] for n in names if n in self.names and self.names[n] not in self.taken]
         own = [self.columns[role]] if role in self.columns else free
         if empty := [name for name in own if has(self.row, name)]:
             return self.error(f"nothing in {', '.join(f'`{name}`' for name in empty)}", reason)
         needs = ", or ".join(f"`{name}`" for name in wanted)
-        return self.error(f"needs {needs}; it has {self.listed}; say in `columns` which of them is which", reason)
+        return self.error(f"needs {needs}; it has {self.listed}; say in `columns` which column is which", reason)
 
     def named(self, role: str) -> Cell | None:
         """The column that `columns` names for a role, where it is filled: a row may leave it out or leave it empty."""
@@ -170,14 +167,14 @@ class RowReader:
         return (*turns[:-1], {**turns[-1], "content": choices.asked(turns[-1]["content"])})
 
     def choices(self, *besides: str) -> Choices | None:
-        """The options of the row; which of them is right is not told by the columns `besides`."""
+        """The options of the row; the columns `besides` do not say which of them is right."""
         named = self.named("choices")
         row = {n: value for n, value in self.filled.items() if self.names[n] not in besides}
         gold = self.named("gold")
         return find_choices(row, self.where, named and named[1], gold and gold[1])
 
     def after_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-        """Turns after the system's message where a column has one and they have none."""
+        """Turns with the system's message from a column, where they have none themselves."""
         system = self.find("system", SYSTEM)
         if system and turns[0]["role"] != "system":
             return ({"role": "system", "content": self.text(system)}, *turns)
@@ -198,10 +195,10 @@ class RowReader:
         """Errors: RowError for a row of pictures or sound, or with a call of a tool beside its messages."""
         if media := next((n for n in self.filled if MEDIA.fullmatch(n)), None):
             raise self.error(
-                f"`{media}` is filled, but the student reads text only; drop the column if text is all", MORE
+                f"`{media}` is filled, but the student reads text only; drop the column to use the text alone", MORE
             )
         if called := next((n for n in CALLED if n in self.filled), None):
-            raise self.error(f"answers with `{called}`, but a trace ends in words", CALLING)
+            raise self.error(f"answers with `{called}`, but a trace must end with text", CALLING)
 
     # --------------------------------------------------------------------------------------------- the answer
 
@@ -231,9 +228,9 @@ class RowReader:
             two = f"messages must end with a user's and then an assistant's, not {roles}"
             raise self.error(two + self.answered_elsewhere(cell, roles), ORDER)
         if "tool_calls" in turns[-1]:
-            raise self.error("the last message calls a tool, but a trace ends in words", CALLING)
+            raise self.error("the last message calls a tool, but a trace must end with text", CALLING)
         if is_untrained(cell[1]):
-            raise self.error("says not to train on its last message", "not to be trained on")
+            raise self.error("its last message is marked as not to be trained on", "not to be trained on")
         return (*self.after_system(self.with_choices(turns[:-1], choices)), turns[-1])
 
     def answered_elsewhere(self, cell: Cell, roles: Sequence[str]) -> str:
@@ -257,7 +254,7 @@ class RowReader:
         if is_conversation(value):
             turns = read_turns(value, self.where)
             if len(turns) != 1 or turns[0]["role"] != "assistant" or "tool_calls" in turns[0]:
-                raise self.error(f"`{cell[0]}` must be one message of the assistant, in words", ORDER)
+                raise self.error(f"`{cell[0]}` must be one message of the assistant, with text", ORDER)
             return turns[0]["content"]
         return self.text((cell[0], value))
 
@@ -277,32 +274,6 @@ class RowReader:
             ("info", at({"": m}, ".info.reference_answer")) for m in as_list(first_filled(self.filled, MESSAGES)) or ()
         ]
         return next((cell for cell in found if not is_empty(cell[1])), None)
-
-    # --------------------------------------------------------------------------------- several generations a row
-
-    def generations(self) -> tuple[str, list[tuple[str, Mapping[str, Any]]]] | None:
-        """The column of the answer, and the row once for each of the generations that it lists, with what the row lists
-        of each of them; None for a row of one.
-        """
-        named = "answer" in self.columns
-        if not named and first_filled(self.filled, MESSAGES) is not None:
-            return None
-        numbered = {self.names[n]: v for n, v in self.filled.items() if NUMBERED.fullmatch(n)}
-        if numbered and not named:
-            rest = {k: v for k, v in self.row.items() if k not in numbered}
-            return "generation", [(f"{self.where}, {k}", {**rest, "generation": v}) for k, v in numbered.items()]
-        cell = self.find("answer", RESPONSE)
-        # a text that looks like a list is one answer, but in a column of several
-        texts = as_list(cell[1]) if cell and (not isinstance(cell[1], str) or cell[0].lower().endswith("s")) else None
-        if cell is None or not texts or is_conversation(texts):
-            return None
-        name = cell[0] if named else self.names[cell[0]]
-        of_each = [self.names[n] for n in (*REASONING, *CORRECT, *COMPLETE) if n in self.names]
-        also = {k: as_list(at(self.row, k)) or [] for k in (*of_each, self.columns.get("reasoning", name))}
-        listed = {**{k: values for k, values in also.items() if len(values) == len(texts)}, name: texts}
-        rows = [{**self.row, **{k: values[i] for k, values in listed.items()}} for i in range(len(texts))]
-        places = [f"{self.where}, generation {i + 1}" for i in range(len(texts))] if len(texts) > 1 else [self.where]
-        return name, [*zip(places, rows, strict=True)]
 
     def integers(self, role: str) -> tuple[int, ...]:
         """A column of token ids or labels."""

@@ -60,8 +60,8 @@ ORDER, UNREADABLE, CALLING = "with messages out of order", "with unreadable mess
 def read_turns(value: Any, where: str) -> tuple[Message, ...]:
     """Messages as templates read them: from {role, content}, ShareGPT's {from, value}, Gemini's {role, parts}.
 
-    A null key is as if it were absent. The reasoning beside an assistant's words, or in a message before them, is put
-    in <think>. Calls of tools stay, their arguments as objects.
+    A null value counts as absent. Reasoning beside an assistant's words, or in a message before them, is put in
+    <think>. Tool calls stay, their arguments as objects.
 
     Errors: RowError for what is no message, or no text.
 
@@ -85,7 +85,7 @@ def read_turns(value: Any, where: str) -> tuple[Message, ...]:
         turns += reader.turns(thought)
         thought = ""
     if thought:
-        raise RowError(where, "ends with a thought, after which nothing is said", ORDER)
+        raise RowError(where, "ends with a thought and no answer", ORDER)
     return tuple(turns)
 
 
@@ -136,7 +136,7 @@ class Reader:
         return role
 
     def turns(self, thought: str) -> list[Message]:
-        """What it says, as one message; what tools said, as Anthropic has it among a user's words, as ones before."""
+        """Its words as one message, after those of tool results, which Anthropic puts among a user's words."""
         role, parts = self.role, self.parts()
         text = "\n".join(t for kind, t in parts if kind == "text")
         chain = thought or "\n".join(t for kind, t in parts if kind == "chain") or self.chain()
@@ -199,7 +199,7 @@ class Reader:
         return [self.call(c) for c in as_list(called) or [called] if not is_empty(c)]
 
     def whole_call(self, text: str) -> list[Any]:
-        """The calls that a message of role function_call consists of; none where it has them in words of its own."""
+        """The calls that a message of role function_call consists of; none where its text is not such a call."""
         called = as_object(text)
         return [self.call(c) for c in as_list(text) or ([called] if called else [])]
 

@@ -30,8 +30,8 @@ from mot_lora.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Data:
-    """Everything that the loop reads: examples by teacher, the questions that it reports on, what became of the rows,
-    a fingerprint of each source, and the questions for finding weights, for watching what is forgotten, and of the end.
+    """Everything that a run reads: examples by teacher, the questions of the evaluation, what became of the rows, a
+    fingerprint of each source, and the questions for weights, for what is forgotten, and for the last evaluation.
     """
 
     train: dict[str, list[Example]]
@@ -146,7 +146,7 @@ def _draw(
 def _read_questions(
     config: Config, tokenizer: PreTrainedTokenizerBase, fingerprints: dict[str, str], bad: BadRows
 ) -> list[list[Question]]:
-    """The questions of the evaluation, those for finding weights, and each set to watch for what is forgotten."""
+    """The questions of the evaluation, those for weights, and each set that measures what is forgotten."""
     e = config.eval
     plain = DataConfig()
     sets = [(e, e.data), (plain, e.validation), *((plain, source) for source in e.forgetting.values())]
@@ -168,14 +168,14 @@ def _read_questions(
     both = {normalized(q.question) for q in asked[0]} & {normalized(q.question) for q in asked[1]}
     if both:
         raise UserError(
-            f"{e.validation}: {len(both)} of its questions are in eval.data too ({next(iter(both))[:60]}...); weights "
-            "must be found on other questions than those that are reported"
+            f"{e.validation}: {len(both)} of its questions are in eval.data too ({next(iter(both))[:60]}...); find "
+            "weights with other questions than those that are reported"
         )
     return asked
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, question: Question, where: str) -> Question:
-    """A question as it can be asked: in the words of the user alone, where it holds the template's marks already."""
+    """A question in the user's words alone, where it holds the template's marks already, and checked to be askable."""
     with naming_row(where):
         prompt = unmarked_prompt(tokenizer, [{"role": "user", "content": question.question}])
         if len(prompt) == 1:
@@ -185,7 +185,7 @@ def _asked(tokenizer: PreTrainedTokenizerBase, question: Question, where: str) -
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-    """A hash of what rows hold, whatever the format that they lie in."""
+    """A hash of the contents of rows, the same in every file format."""
     digest = hashlib.sha256()
     for _, row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")

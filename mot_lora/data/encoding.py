@@ -36,8 +36,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> Example:
 def _following(tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int], answer: str) -> list[int]:
     """The tokens of an answer after a prompt's, which are as they are when an answer is asked for.
 
-    Alone, vocabularies of sentencepiece would begin it with a space. Where a token lies across the seam, the prompt
-    keeps its own tokens, and the answer's are those that it has at the beginning of a line.
+    Alone, sentencepiece would begin it with a space. Where a token spans both, the prompt keeps its own tokens, and the
+    answer has those that it would have at the beginning of a line.
     """
     whole = token_ids(tokenizer, text + answer)
     if whole[: len(prompt)] == prompt:
@@ -47,10 +47,10 @@ def _following(tokenizer: PreTrainedTokenizerBase, text: str, prompt: list[int],
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[int]) -> str:
-    """What a student has written after a prompt, without what heads and ends its turn and pads it.
+    """What a student has written after a prompt, without the marks of its turn and the padding.
 
     A chain of thought that the prompt has opened begins with <think> here. Special tokens stay: marks of the chain may
-    be such, and are needed to find the answer.
+    be among them, and are needed to find the answer.
     """
     drop = {*stop_ids(tokenizer), cast("int", tokenizer.pad_token_id)}
     text = text_of_ids(tokenizer, (i for i in ids if i not in drop))

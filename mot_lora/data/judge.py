@@ -1,6 +1,6 @@
-"""Two expressions compared by math-verify, in a process of its own, which a limit of time and memory holds for.
+"""Two expressions compared by math-verify, in a process of its own with limits of time and memory.
 
-sympy works out what it is given: 9^{9^{9^9}} takes all memory, and nothing inside a process can stop it. The process is
+sympy evaluates what it is given: 9^{9^{9^9}} takes all memory, and nothing inside a process can stop it. The process is
 started at the first use, serves every thread, ends itself when a comparison takes too long, and ends with its parent.
 """
 
@@ -45,7 +45,7 @@ def equal(gold: str, answer: str) -> bool:
             _process = _process or _start()
             said = _ask(_process, [gold, answer])
         finally:
-            if not said:  # it took too long, or Ctrl-C came: what it says now nobody asked for
+            if not said:  # it took too long, or Ctrl-C came: its answer would be taken for the next one's
                 _stop()
     return said == "true"
 
@@ -100,7 +100,7 @@ def _stop() -> None:
 
 
 def _forget() -> None:
-    """A forked process has no part in its parent's conversation."""
+    """A forked process must not use its parent's pipes."""
     global _process, _lock
     if _process and _process.stdin and _process.stdout:
         _process.stdin.close()

@@ -78,9 +78,9 @@ def without_ends(text: str, ends: Sequence[str]) -> str:
 
 
 def goes_on(text: str, turn: Turn, ends: Sequence[str] = ()) -> bool:
-    """Whether a text goes on after an end of its turn, as generations do that nothing stopped there.
+    """Whether a text goes on after the end of its turn, as generations do that were not stopped there.
 
-    The student's own ends count wherever they stand, others' before a user's turn.
+    The student's own end marks count anywhere, those of other models only before a user's turn.
     """
     if any(end in text for end in (*ends, turn.stop) if end.strip()):
         return True
@@ -120,7 +120,7 @@ def is_rendered(text: str, turn: Turn) -> bool:
 
 
 def rendered_by(text: str) -> str | None:
-    r"""How a text begins that some chat template has rendered, up to where an answer begins; None for mere words.
+    r"""How a text begins that some chat template has rendered up to an answer; None for plain words.
 
     >>> rendered_by("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"), rendered_by("What is [INST]?")
     ('<start_of_turn>', None)

@@ -1,7 +1,7 @@
 """Whether a question was seen before: the same text, or a long run of the same words.
 
-datasketch and the like estimate how much whole texts have in common; a shared run of words, in scripts without blanks
-too, is found exactly here.
+datasketch and the like estimate how much whole texts have in common; here a shared run of words is found exactly, also
+in scripts without blanks.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 def normalized(text: str) -> str:
-    """A text without what does not tell questions apart: case, width of signs, white space.
+    """A text without differences that do not matter: case, width of signs, white space.
 
     >>> normalized(" How\\nMUCH is 2 \uff0b 2? ")
     'how much is 2 + 2?'
@@ -54,7 +54,7 @@ def grams(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 class Overlap:
-    """The questions that no trace may be about: those of the evaluation.
+    """The questions of the evaluation, which no trace may be about.
 
     A question overlaps when it is one of them, normalised, or shares a run of n words with one (n = 13 as in GPT-3's
     report, arXiv 2005.14165); n = 0 compares whole questions only.

@@ -4,7 +4,7 @@ import re
 
 THINK, THINK_END = "<think>", "</think>"
 
-# what begins and what ends a chain, and what stands around the answer after it; each is unmistakable wherever it stands
+# begin and end of a chain, and the marks around the answer after it; none of them occurs in ordinary text
 MARKS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>", "<|begin_of_solution|>", "<|end_of_solution|>"),  # OpenThoughts
     ("[THINK]", "[/THINK]"),  # Magistral
@@ -20,7 +20,7 @@ MARKS = (
     ("<|im_start|>think", "<|im_start|>answer"),  # s1
     ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>"),  # Unsloth's recipes
 )
-# elements that can be part of any text: a chain is where a text begins with one, or only ends it
+# these can occur in any text: a chain is where a text begins with one, or only closes one
 _WORD = "think|thinking|thoughts?|reasoning|reason|analysis|scratchpad|reflection|cot|chain_of_thought"
 ELEMENT = re.compile(rf"\s*<({_WORD})>(.*?)(?:</\1>(.*)|\Z)", re.DOTALL | re.IGNORECASE)
 ENDED = re.compile(rf"</({_WORD})>", re.IGNORECASE)
@@ -82,7 +82,7 @@ def _from_channels(text: str) -> str:
 
 
 def think(reasoning: str, answer: str) -> str:
-    r"""A chain of thought and the answer, as the student is to write them; what is already wrapped is not again.
+    r"""A chain of thought and the answer, as the student is to write them; wrapped only once.
 
     >>> think("<think>so 2</think>", "2"), think("", "so 2</think>2")
     ('<think>\nso 2\n</think>\n\n2', '<think>\nso 2</think>2')

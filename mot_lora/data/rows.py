@@ -1,7 +1,7 @@
 """The rows of a data source: JSONL, JSON, CSV, parquet, a saved dataset, one of the Hub, or a generated one.
 
-datasets would want one type a column and give up a file at the first row that has another; what is saved by it, or on
-the Hub, it reads.
+datasets wants one type per column and gives up a file at the first row with another; it reads what it has saved itself,
+and the Hub.
 """
 
 import csv
@@ -30,15 +30,15 @@ Row = tuple[str, dict[str, Any]]
 def read_rows(
     source: str | Path, split: str | None = None, subset: str | None = None, bad: list[RowError] | None = None
 ) -> list[Row]:
-    """All rows of a file, a folder or a Hub dataset; what a file holds is told by its name.
+    """All rows of a file, a folder or a Hub dataset; a file's format is known by its name.
 
     Files: .jsonl and .json (lines or a list of objects, both), .csv, .tsv, each also with .gz, and .parquet. A folder
-    is one of `save_to_disk`, or of data files. `split` and `subset` choose within a dataset; the split is
-    `train` unless given.
-    `reasoning_gym:TASK` or `reasoning_gym:TASK:50` are generated problems, a hundred unless told, always the same.
+    is one of `save_to_disk`, or of data files. `split` and `subset` choose within a dataset; the split is `train`
+    unless given.
+    `reasoning_gym:TASK` or `reasoning_gym:TASK:50` are generated problems, a hundred by default, always the same.
 
-    Errors: UserError, which names the file, and the line where there is one. What is no row goes into `bad` instead,
-    where that is given and the file has others.
+    Errors: UserError, which names the file, and the line where there is one. Lines that are not rows go into `bad`
+    instead, where that is given and the file has rows.
 
     >>> read_rows("owner/name", split="train[:100]")  # doctest: +SKIP
     """
@@ -93,7 +93,7 @@ def _suffix(path: Path) -> str:
 
 def _read_file(path: Path) -> Iterator[Row | RowError]:
     if not has_known_suffix(path):
-        raise UserError(f"{path}: not a data file by its name; {HINT}")
+        raise UserError(f"{path}: not named as a data file is; {HINT}")
     try:
         yield from READERS[_suffix(path)](path)
     except (OSError, EOFError, zlib.error) as e:
@@ -203,13 +203,15 @@ def _read_dataset(name: str, split: str | None, subset: str | None) -> list[Row]
                 raise UserError(f"{name}: name one of its splits in `split`: {', '.join(map(str, found))}")
             found = found[chosen]
         elif split:
-            raise UserError(f"{name}: is one split by itself; leave `split` out")
+            raise UserError(f"{name}: holds a single split; leave `split` out")
         rows: Iterable[dict[str, Any]] = found
         return [(f"{name}[{i}]", dict(row)) for i, row in enumerate(rows)]
     except UserError:
         raise
     except Exception as e:  # what the library raises for a folder, a name or a network is of a dozen kinds
-        raise UserError(f"{name}: no data folder, and no Hub dataset that can be had now ({_first_line(e)})") from e
+        raise UserError(
+            f"{name}: neither a data folder nor a dataset that can be downloaded from the Hub ({_first_line(e)})"
+        ) from e
 
 
 def _read_gym(source: str) -> list[Row]:
@@ -217,7 +219,7 @@ def _read_gym(source: str) -> list[Row]:
         raise UserError(f"{source}: needs reasoning-gym: pip install 'mot-lora[eval]'")
     task, _, size = source.removeprefix(GYM).partition(":")
     if size and not (size.isdecimal() and 0 < int(size) < 10**6):
-        raise UserError(f"{source}: write reasoning_gym:TASK, or reasoning_gym:TASK:NUMBER for so many problems")
+        raise UserError(f"{source}: write reasoning_gym:TASK, or reasoning_gym:TASK:NUMBER for that many problems")
     # some tasks follow the order of sets, or draw from `random` itself: in a process of their own they stay the same
     command = [sys.executable, "-P", "-c", GYM_PROCESS, task, size or str(GYM_SIZE)]
     made = subprocess.run(

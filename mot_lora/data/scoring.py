@@ -1,4 +1,4 @@
-"""Whether an answer is right, and how sure a mean of right answers is."""
+"""Whether an answer is right, and how certain a mean of scores is."""
 
 import math
 import re

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from mot_lora.config import DataConfig, TeacherConfig
 from mot_lora.data.chat import EndedError, unmarked
 from mot_lora.data.encoding import encode
+from mot_lora.data.generations import ENDLESS
 from mot_lora.data.overlap import Overlap, normalized
 from mot_lora.data.reasoning import chain_of
 from mot_lora.data.rows import Row
 from mot_lora.data.scoring import is_right
 from mot_lora.data.tokenizer import NotEmbeddedError, check_tokens, text_of_ids
 from mot_lora.data.traces import (
-    ENDLESS,
     IGNORE,
     NO_RIGHT,
     Example,
@@ -30,7 +30,7 @@ from mot_lora.errors import RowError, UserError
 from mot_lora.merging.seeds import seed_for
 from mot_lora.progress import Progress, silent
 
-# Why a row is left out, as people read it; what cannot be used at all is counted by the reason of its RowError.
+# Why a row is left out, in the words of the report; unusable rows are counted by the reason of their RowError.
 TWICE = "duplicate"
 SEEN = "in the evaluation"
 WRONG = "wrong answer"
@@ -42,7 +42,7 @@ NOT_EMBEDDED = "with a token that the student does not embed"
 
 
 class BadRows:
-    """Rows that cannot be used: how many for each reason, and what is wrong with the first of them."""
+    """Rows that cannot be used: how many for each reason, and the error of the first."""
 
     def __init__(self, settings: DataConfig) -> None:
         self.stop = settings.on_bad_row == "stop"
@@ -58,14 +58,14 @@ class BadRows:
 
 
 def all_bad(errors: Sequence[RowError]) -> UserError:
-    """What to say of rows of which none can be used."""
+    """The error for rows of which none can be used."""
     reasons = ", ".join(f"{n} {why}" for why, n in Counter(e.reason for e in errors).items())
     return UserError(f"{errors[0]}" + (f" (none of {len(errors)} rows can be used: {reasons})" if errors[1:] else ""))
 
 
 @contextmanager
 def naming_row(where: str) -> Generator[None]:
-    """Say of which row it is that the template or the tokens are wrong."""
+    """Turn what is wrong with a template or tokens into an error that names the row."""
     try:
         yield
     except UserError as e:
@@ -75,7 +75,7 @@ def naming_row(where: str) -> Generator[None]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A trace that is used: where it stood, its tokens, its question, and whether it reasons.
+    """A trace that is used: its place, its tokens, its question, and whether it reasons.
 
     marked: whether it held marks of a chat template, which were taken off.
     """
@@ -103,7 +103,7 @@ class Selection:
 
     @cached_property
     def most_characters(self) -> int:
-        """More than so many are too long, whatever their tokens."""
+        """A completion of more characters is too long, whatever its tokens."""
         return self.max_length * max(map(len, cast("dict[str, int]", cast("Any", self.tokenizer).get_vocab())))
 
     @property
@@ -161,7 +161,7 @@ class Selection:
         return [chosen[i] for i in sorted(chosen)]
 
     def consider(self, where: str, trace: Trace | Example) -> Chosen | str:
-        """A trace ready for use, or the reason why it is left out. What costs most is asked last."""
+        """A trace ready for use, or the reason why it is left out. The costliest checks come last."""
         example, found = (trace, self.decoded(trace, where)) if isinstance(trace, Example) else (None, trace)
         with naming_row(where):
             trace = found if example else unmarked(self.tokenizer, found)
@@ -198,8 +198,8 @@ class Selection:
         """A row of tokens as text: its question is what stands before the first trained token."""
         if not all(0 <= token < len(self.tokenizer) for token in example.input_ids):
             raise UserError(
-                f"{where}: `input_ids` has a token that the student's vocabulary of "
-                f"{len(self.tokenizer)} has not; was it tokenized for another model?"
+                f"{where}: `input_ids` has a token outside the student's vocabulary of "
+                f"{len(self.tokenizer)}; was it tokenized for another model?"
             )
         n = example.prompt_length
         prompt = text_of_ids(self.tokenizer, example.input_ids[:n], special=False)
@@ -208,7 +208,7 @@ class Selection:
 
 
 def draw(traces: Sequence[Trace | Example], seed: int) -> list[int]:
-    """The order in which traces are drawn: by a hash of (seed, question, the how manieth of it).
+    """The order in which traces are drawn: by a hash of (seed, question, which one of it).
 
     So teachers of the same questions draw the same ones, and one more row leaves the others' order as it was.
     """
@@ -224,7 +224,7 @@ def draw(traces: Sequence[Trace | Example], seed: int) -> list[int]:
 def hold_out(chosen: Iterable[Chosen], share: float, seed: int) -> tuple[list[Chosen], list[Chosen]]:
     """Split traces into those to train on and those held out, by a hash of (seed, question).
 
-    The same question falls on the same side for every teacher, so no branch trains on what another is measured on.
+    A question is on the same side for every teacher, so no branch trains on what another is measured on.
     """
     train: list[Chosen] = []
     held: list[Chosen] = []

@@ -2,7 +2,7 @@
 
 from datetime import date
 
-DATE = date(2024, 7, 26)  # which Llama's own templates say where they are told none
+DATE = date(2024, 7, 26)  # which Llama's own templates fall back on
 LETTERS = "aAbBcdeFHIjmMpSuUwWxXyY"
 
 
@@ -12,7 +12,7 @@ def dated(template: str) -> bool:
 
 
 def pinned(template: str) -> str:
-    """The template with its clock stopped at `DATE`: what a student reads does not depend on the day."""
+    """The template with `DATE` as today: what a student reads does not depend on the day."""
     if not dated(template):
         return template
     codes = [f"%{flag}{letter}" for letter in LETTERS for flag in ("-", "")]

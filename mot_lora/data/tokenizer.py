@@ -1,4 +1,4 @@
-"""The student's tokenizer: loaded with what its model says, texts to tokens and back."""
+"""The student's tokenizer: loaded, checked against its model, and used from texts to tokens and back."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from mot_lora.errors import UserError
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, padding on the left for generation; it knows the ends and embeddings of its model.
+    """The student's tokenizer, padding on the left for generation, with the end tokens and embeddings of its model.
 
     Errors: UserError when there is none, or it has no chat template or no end token.
     """
@@ -48,18 +48,18 @@ def _listed_ends(path: Path) -> tuple[int, ...]:
         try:
             said: Any = json.loads((path / name).read_text(encoding="utf-8"))["eos_token_id"]
         except (OSError, ValueError, LookupError, TypeError):
-            continue  # loading the model tells what is wrong with them
+            continue  # loading the model says what is wrong with them
         ends = cast("list[Any]", said) if isinstance(said, list) else [said]
         return tuple(i for i in ends if isinstance(i, int))
     return ()
 
 
 def _embeddings(path: Path, trust_remote_code: bool) -> int | None:
-    """How many tokens the model beside a tokenizer embeds; None where that cannot be told."""
+    """How many tokens the model beside a tokenizer embeds; None where that is unknown."""
     try:
         config = cast("Any", AutoConfig).from_pretrained(path, trust_remote_code=trust_remote_code)
         return getattr(config.get_text_config(), "vocab_size", None)
-    except Exception:  # there is no model, or loading it tells what is wrong with it
+    except Exception:  # there is no model, or loading it says what is wrong with it
         return None
 
 
@@ -69,7 +69,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None
     if embedded is not None and (token := max(ids, default=0)) >= embedded:
         raise NotEmbeddedError(
             f"token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is beyond the student's {embedded} "
-            "embeddings; resize the model (resize_token_embeddings), bring its own tokenizer, or leave such rows out"
+            "embeddings; resize the model (resize_token_embeddings), use its own tokenizer, or leave such rows out"
         )
 
 
@@ -94,7 +94,7 @@ def text_of_ids(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], special:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Each token's own text; that of a character made of several tokens is with the last of them.
+    """Each token's own text; a character made of several tokens is given to the last of them.
 
     >>> pieces(tokenizer, tokenizer.encode("18 apples"))  # doctest: +SKIP
     ['18', ' apples']

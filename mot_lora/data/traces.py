@@ -6,9 +6,10 @@ from typing import Any
 
 from mot_lora.data.cells import as_list, as_object, is_empty, kind
 from mot_lora.data.choices import Choices
-from mot_lora.data.column_names import COMPLETE, CORRECT, GOLD, MESSAGES, QUESTION, RESPONSE, RIGHT, WRITTEN
+from mot_lora.data.column_names import GOLD, MESSAGES, QUESTION, RESPONSE, RIGHT, WRITTEN
 from mot_lora.data.columns import NO_QUESTION, NO_RESPONSE, NO_RIGHT, Cell, RowReader
 from mot_lora.data.conversation import CALLING, ORDER, Message, text_of
+from mot_lora.data.generations import WRONG, generations, verdict
 from mot_lora.data.gold import right_answers
 from mot_lora.data.reasoning import calls_tool, think
 from mot_lora.errors import RowError
@@ -40,7 +41,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized trace; labels are IGNORE where no loss is, else the token itself. The last may be trained only.
+    """A tokenized trace; labels are IGNORE where there is no loss, else the token itself.
 
     >>> Example.after((5, 6, 7), prompt_length=2).labels
     (-100, -100, 7)
@@ -51,7 +52,7 @@ class Example:
 
     @classmethod
     def after(cls, input_ids: tuple[int, ...], prompt_length: int) -> "Example":
-        """Trained on all that stands after the prompt."""
+        """Trained on everything after the prompt."""
         return cls(input_ids, (IGNORE,) * prompt_length + input_ids[prompt_length:])
 
     @property
@@ -64,7 +65,7 @@ class Example:
 
 
 def batches(lengths: Sequence[int], most: int | None, tokens: int | None) -> Iterator[list[int]]:
-    """Places by length, in batches of at most so many, and at most so many tokens with padding; long ones alone.
+    """Indices by length, in batches of at most `most` and of at most `tokens` with padding; long ones alone.
 
     >>> list(batches([3, 9, 4], most=2, tokens=10))
     [[0, 2], [1]]
@@ -148,7 +149,7 @@ def read_traces(
     reader = RowReader(row, where, columns)
     undesired = WRONG if reader.is_undesired() else ""
     try:
-        several = reader.generations()
+        several = generations(reader)
     except RowError as e:
         return [(where, e)]
     rows = [(where, row)]
@@ -157,7 +158,7 @@ def read_traces(
     found: list[tuple[str, Trace | Example | str | RowError]] = []
     for place, one in rows:
         try:
-            found.append((place, (_verdict(one) if several else undesired) or read_trace(one, place, columns)))
+            found.append((place, (verdict(one) if several else undesired) or read_trace(one, place, columns)))
         except RowError as e:
             found.append((place, e))
     return found
@@ -185,7 +186,7 @@ def settled(rows: Sequence[Mapping[str, Any]], columns: Mapping[Any, str]) -> Ma
 
 
 def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str] | None = None) -> Question:
-    """One row as a question of an evaluation, with the right answer; columns as in `read_trace`.
+    """One row as an evaluation question with the right answer; columns as in `read_trace`.
 
     Errors: RowError, which begins with `where`.
 
@@ -219,15 +220,13 @@ def read_question(row: Mapping[str, Any], where: str, columns: Mapping[Any, str]
 
 
 TEXTS = ("messages", "question")  # who names one of these in `columns` wants no token ids
-WRONG = "marked as wrong"
-ENDLESS = "reasoning never ends"
 
 
 def _trace(
     reader: RowReader, prompt: tuple[Message, ...], completion: str, right: Cell | None, choices: Choices | None
 ) -> Trace:
     if calls_tool(completion):
-        raise reader.error("calls a tool within its answer, and what that returned is not the teacher's", CALLING)
+        raise reader.error("calls a tool within its answer; a trace must be in the teacher's own words", CALLING)
     if right and right[0] == "solution" and str(right[1]).strip() == completion.strip():
         right = None  # the teacher's own text once more is nothing to judge it by
     answers = choices.answers if choices and choices.right is not None else right_answers(right[1]) if right else ()
@@ -239,15 +238,6 @@ def _chain(reader: RowReader, cell: Cell) -> str:
     """A chain, also in parts as APIs have it."""
     parts = [] if isinstance(cell[1], str) else as_list(cell[1]) or []
     return text_of(parts) if parts and as_object(parts[0]) else reader.text(cell)
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    """Why a generation is not to be used, by what its row says of it; empty where that is nothing."""
-    said = {str(name).strip().lower(): value for name, value in row.items() if isinstance(value, bool)}
-    if not all(said.get(n, True) for n in COMPLETE):
-        return ENDLESS
-    verdicts = [said[n] for n in CORRECT if n in said]
-    return WRONG if verdicts and not any(verdicts) else ""
 
 
 def _example(reader: RowReader) -> Example:

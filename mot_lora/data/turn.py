@@ -9,12 +9,12 @@ from mot_lora.data.reasoning import THINK, THINK_END, opens_chain
 from mot_lora.errors import UserError
 
 Render = Callable[[Sequence[Message], bool], str]
-"""(messages, add_generation_prompt) -> text. Errors: UserError for a conversation that the template does not take."""
+"""(messages, add_generation_prompt) -> text. Errors: UserError for a conversation that the template does not accept."""
 BEGINS = ("<|begin_of_text|>", "<bos>", "<s>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<|endoftext|>")  # noqa: RUF001
 
 
 def any_of(texts: Sequence[str]) -> str:
-    """A pattern for any of these texts; some vocabularies have added tokens of spaces, which mark nothing."""
+    """A pattern for any of these texts but blank ones, which some vocabularies have as added tokens."""
     return "|".join(map(re.escape, sorted(filter(str.strip, texts), key=len, reverse=True))) or r"(?!)"
 
 
@@ -53,7 +53,7 @@ class Turn:
     def of(cls, render: Render, ends: Sequence[str], marks: Sequence[str]) -> "Turn":
         """ends: the texts of tokens at which generation stops, the tokenizer's own first; marks: of all added tokens.
 
-        Errors: UserError for a template that takes no user's question.
+        Errors: UserError for a template that accepts no question of a user.
         """
         first: list[Message] = [{"role": "user", "content": ASKED}]
         opened, said = render(first, True), _attempt(render, [{"role": "system", "content": SYSTEM}, *first], True)
@@ -127,7 +127,7 @@ class Turn:
 
 
 def _chain(opened: str, whole: str, stop: str) -> tuple[str, str] | None:
-    """What a template writes around a chain of thought, where it knows one and has no <think> for it."""
+    """What a template writes around a chain of thought, where it has other marks than <think>."""
     chain, found, answer = whole.removeprefix(opened).partition(REASONED)
     end = answer.partition(ANSWERED)[0]
     if not (found and end.strip() and whole.startswith(opened) and ANSWERED in answer):
@@ -163,5 +163,5 @@ def _end(last: str, middle: str, ends: Sequence[str], marks: Sequence[str]) -> t
 
 
 def without_beginning(text: str) -> str:
-    """A text without what begins a whole one, and without spaces around it."""
+    """A text without the marks that begin a sequence, and without spaces around it."""
     return re.sub(rf"\A{BEGINNING}+", "", text.strip())

@@ -1,4 +1,4 @@
-"""How far adapters agree, and how much of their merge the weights took up."""
+"""How far adapters agree, and how much of their merge is left in the weights after rounding."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Common spaces of several low-rank updates, in which a merge meets coordinates instead of weights."""
+"""Common bases of several low-rank updates, whose coordinates are merged in place of their weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

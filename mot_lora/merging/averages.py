@@ -1,4 +1,4 @@
-"""Weighted means of updates, also of those alone that agree on a sign, one update in memory at a time."""
+"""Weighted means of updates, over all or over those that agree on a sign, with one update in memory at a time."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -56,8 +56,8 @@ def elected_mean(deltas: Iterable[Tensor], weights: Sequence[float], voices: Seq
     """The mean, entry by entry, over only those updates that have the elected sign (TIES, arXiv 2306.01708).
 
     sum_i w_i d_i [sign d_i = s] / sum_i w_i [sign d_i = s] with s = elect_sign of the w_i d_i, or of the v_i d_i where
-    the sign is elected with other weights, `voices`. Both signs' sums are kept while the updates pass by, so that one
-    pass and one update in memory at a time are enough. An entry for which nobody votes is 0.
+    the sign is elected with other weights, `voices`. Both signs' sums are kept, so one pass with one
+    update in memory at a time is enough. An entry without votes is 0.
 
     >>> elected_mean(torch.tensor([[[4.0]], [[-1.0]]]), [1, 1])
     tensor([[4.]])
@@ -97,7 +97,7 @@ def check_weights(weights: Sequence[float] | None, n: int, elects: bool = False)
     """The weights of n adapters, all 1 when none are given.
 
     Errors: UserError for the wrong number, a weight that is not finite, all 0, and for a negative one where a sign is
-    elected: what is to be taken away has no vote.
+    elected: an update to subtract has no vote.
 
     >>> check_weights(None, 2)
     [1.0, 1.0]

@@ -23,7 +23,7 @@ of a LoRA's B; or a trained copy of the whole parameter (modules_to_save)."""
 
 @contextmanager
 def full_precision() -> Generator[None]:
-    """Products of fp32 tensors on a GPU in fp32, also where TF32 is allowed, which keeps 10 of the 23 bits."""
+    """Multiply fp32 tensors on a GPU in fp32, also where TF32 is allowed, which keeps 10 of the 23 bits."""
     products = torch.backends.cuda.matmul
     allowed = products.fp32_precision
     if allowed != "tf32":

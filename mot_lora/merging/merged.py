@@ -143,7 +143,7 @@ def total(ledger: Sequence[Merged], module: str) -> Update:
 def _arguments(method: Method) -> Sequence[str]:
     try:
         return list(inspect.signature(method).parameters)
-    except ValueError:  # a builtin tells none
+    except ValueError:  # a builtin has none to show
         return []
 
 
@@ -262,7 +262,7 @@ def _modules(adapters: Sequence[Adapter]) -> tuple[dict[str, torch.Size], dict[s
             if shapes.setdefault(module, update.shape) != update.shape:
                 raise UserError(
                     f"adapter `{adapter.name}`, module {module}: shape {list(update.shape)}, "
-                    f"but others have {list(shapes[module])}; they are not for one base"
+                    f"but others have {list(shapes[module])}; merge adapters of one base model"
                 )
             other = forms.get(module, update.form)
             forms[module] = other if FORMS.index(other) > FORMS.index(update.form) else update.form

@@ -1,4 +1,4 @@
-"""How much each teacher's branch counts in a merge, found by questions that are held out for it."""
+"""How much each teacher's branch counts in a merge, found with questions held out for that."""
 
 import math
 from collections.abc import Callable, Sequence

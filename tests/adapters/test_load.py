@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from test_tensors import KINDS
+from test_updates import KINDS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -233,7 +233,7 @@ def config(**changes: Any) -> Callable[[Path], object]:
 PREFIX = "base_model.model.model.layers.0.q_proj"
 MODULE = PREFIX.removeprefix("base_model.model.")
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "no folder": (shutil.rmtree, ["neither a folder here nor a"]),
+    "no folder": (shutil.rmtree, ["neither a local folder nor a"]),
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), [CONFIG_FILE]),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), [WEIGHTS_FILE, "safe_serialization=True"]),
     "weights are a folder": (
@@ -472,7 +472,7 @@ def test_a_base_that_is_named_wrongly_is_refused(bases: dict[str, Path], tmp_pat
         load_adapter(folder, base=tmp_path)
     with pytest.raises(UserError, match="an adapter, not a model"):
         load_adapter(folder, base=folder)
-    with pytest.raises(UserError, match=r"has no|another shape|is not the base's"):
+    with pytest.raises(UserError, match=r"has no|in its base|is not the base's"):
         load_adapter(folder, base=bases["gpt2"])
 
 
@@ -500,7 +500,7 @@ def test_a_copy_of_another_shape_is_refused(bases: dict[str, Path], tmp_path: Pa
     peft_adapter(bases["tied"], tmp_path / "adapter", 0, **KINDS["copies"].settings)
     key = "base_model.model.model.embed_tokens.weight"
     change_tensors(tmp_path / "adapter", lambda t: t.update({key: t[key][:-1]}))
-    refusal(tmp_path / "adapter", key, "another shape")
+    refusal(tmp_path / "adapter", key, "in its base")
 
 
 @pytest.mark.parametrize("tokens", [[3], [3, 5, 6], None, {"lm_head": [3, 5]}])

@@ -24,7 +24,7 @@ from conftest import (
 )
 from limits import small_files
 from safetensors.torch import load_file, save_file
-from test_tensors import KINDS
+from test_updates import KINDS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -616,7 +616,7 @@ def fails(dtype: torch.dtype) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[], Adapter], str]] = {
     "another shape": (
         lambda: Adapter("a", {"model.layers.0.self_attn.q_proj": Factors(torch.ones(1, 3), torch.ones(5, 1))}),
-        r"q_proj\.weight is \[16, 16\].*`a`.*\[5, 3\]; is it their base\?",
+        r"q_proj\.weight is \[16, 16\].*`a`.*\[5, 3\]; is this their base model\?",
     ),
     "a layer too many": (
         lambda: Adapter("a", {"model.layers.7.mlp.up_proj": Factors(torch.ones(1, 16), torch.ones(24, 1))}),
@@ -696,7 +696,7 @@ def test_a_checkpoint_whose_class_transformers_does_not_have_is_folded_by_its_st
     assert all(torch.equal(got[name], want[name]) for name in want)
     del config["tie_word_embeddings"]
     (base / "config.json").write_text(json.dumps({**config, "architectures": ["NobodysModel"]}))
-    with pytest.raises(UserError, match=r"transformers has no `NobodysModel`.*lm_head\.weight is tied"):
+    with pytest.raises(UserError, match=r"transformers does not know `NobodysModel`.*lm_head\.weight is tied"):
         fold_checkpoint(base, merged, tmp_path / "out")
     assert nothing_left(tmp_path)
 

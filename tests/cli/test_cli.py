@@ -98,7 +98,7 @@ def test_mistakes_name_the_file_or_key(call: Any, config_file: Path, tmp_path: P
         assert "no CUDA GPU" in refused(call("run", config_file, out, "device=cuda"))
     absent = tmp_path / "absent.jsonl"
     assert f"{absent}: no such file" in refused(call("run", config_file, out, f"eval.data={absent}"))
-    assert "neither a folder here nor" in refused(call("run", config_file, out, "student=nobody/nothing", "--json"))
+    assert "neither a local folder nor" in refused(call("run", config_file, out, "student=nobody/nothing", "--json"))
     assert not (tmp_path / "run").exists()
     assert "not a run" in refused(call("export", tmp_path / "run", "--out", tmp_path / "out"))
     (tmp_path / "file").write_text("")
@@ -249,7 +249,7 @@ def test_mistakes_with_adapters_are_one_line(call: Any, adapters: list[Path], qw
         ("listed twice", ("merge", a, a, *out)),
         ("rank must be at least 1", ("merge", a, b, "--rank", "0", *out)),
         ("space", ("merge", a, b, "--space", "dual", *out)),
-        ("neither a folder here nor", ("merge", a, tmp_path / "absent", *out)),
+        ("neither a local folder nor", ("merge", a, tmp_path / "absent", *out)),
         ("a full model, not an adapter", ("merge", a, qwen3, *out)),
         ("an adapter, not a model", ("fold", a, b, *out)),
         ("exists", ("fold", qwen3, a, "--out", a)),

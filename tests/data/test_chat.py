@@ -236,6 +236,6 @@ def test_a_conversation_that_the_template_does_not_take_is_one_line(
 ) -> None:
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = template
-    with pytest.raises(UserError, match=r"^the student's chat template does not take a conversation of user \(") as e:
+    with pytest.raises(UserError, match=r"^the student's chat template does not accept a conversation of user \(") as e:
         encode(strict, asked("q", "a"))
     assert not re.search(r"[\r\n]", str(e.value))

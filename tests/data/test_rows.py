@@ -265,7 +265,7 @@ def test_of_several_splits_train_is_taken_or_one_is_asked_for(splits: Path, tmp_
 
 def test_one_split_saved_alone_has_no_name(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    assert message_of(tmp_path / "saved", "train").endswith("is one split by itself; leave `split` out")
+    assert message_of(tmp_path / "saved", "train").endswith("holds a single split; leave `split` out")
 
 
 def test_a_folder_of_data_files_is_a_dataset(tmp_path: Path) -> None:
@@ -275,12 +275,12 @@ def test_a_folder_of_data_files_is_a_dataset(tmp_path: Path) -> None:
     assert values(tmp_path / "traces") == ROWS[:2]
     assert values(tmp_path / "traces", "test") == ROWS[2:]
     assert values(tmp_path / "traces", "train[1:]") == ROWS[1:2]
-    assert message_of(tmp_path / "traces", "dev").startswith(f"{tmp_path / 'traces'}: no data folder")
+    assert message_of(tmp_path / "traces", "dev").startswith(f"{tmp_path / 'traces'}: neither a data folder nor")
 
 
 def test_a_folder_that_is_named_as_a_file_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").mkdir()
-    assert message_of(tmp_path / "x.jsonl").startswith(f"{tmp_path / 'x.jsonl'}: no data folder")
+    assert message_of(tmp_path / "x.jsonl").startswith(f"{tmp_path / 'x.jsonl'}: neither a data folder nor")
     (tmp_path / "x.jsonl" / "train.jsonl").write_bytes(lines(ROWS))
     assert values(tmp_path / "x.jsonl") == ROWS
 
@@ -311,7 +311,7 @@ def test_a_missing_file_is_said_to_be_missing_and_not_looked_for_on_the_hub(tmp_
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.gz", "x.pdf", "x.jsonl.zst", "x.jsonl~"])
 def test_a_file_of_another_kind_is_told_by_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(GOOD)
-    assert message_of(tmp_path / name).startswith(f"{tmp_path / name}: not a data file by its name; give a .jsonl")
+    assert message_of(tmp_path / name).startswith(f"{tmp_path / name}: not named as a data file is; give a .jsonl")
 
 
 def test_a_file_has_no_split_and_no_subset(tmp_path: Path) -> None:

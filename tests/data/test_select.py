@@ -242,7 +242,7 @@ def test_rows_of_tokens_are_used_as_they_are(tokenizer: PreTrainedTokenizerBase)
 def test_tokens_that_the_student_has_not_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     for token in (len(tokenizer), -1, 2**40):
         row = {"input_ids": [1, token, 2], "labels": [IGNORE, IGNORE, 2]}
-        with pytest.raises(UserError, match=r"^row 0: `input_ids` has a token that the student's vocabulary"):
+        with pytest.raises(UserError, match=r"^row 0: `input_ids` has a token outside the student's vocabulary"):
             chosen(choice(tokenizer), [row])
 
 

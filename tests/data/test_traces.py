@@ -364,7 +364,7 @@ def test_what_is_named_as_an_answer_is_the_right_one_of_a_question() -> None:
 # --- mistakes ------------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({}, "needs `question`, or `messages`; it has no columns; say in `columns` which of them is which"),
+    ({}, "needs `question`, or `messages`; it has no columns; say in `columns` which column is which"),
     ({"text": "x", "id": 1}, "needs `question`, or `messages`; it has text, id; say in `columns`"),
     ({"a\nb": "x"}, "it has a b; say"),
     ({"question": "q"}, "needs `answer (completion, response, ...)`, or `messages`; it has question"),

@@ -91,7 +91,7 @@ def test_refuses_what_is_no_16_bit_model(qwen3: Path, tmp_path: Path, make_adapt
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):
         Checkpoint.open(tmp_path / "empty")
-    with pytest.raises(UserError, match="neither a folder here nor a model on the Hub"):
+    with pytest.raises(UserError, match="neither a local folder nor a model that can be downloaded"):
         Checkpoint.open("nobody/nothing")
 
     path = damaged("no-shard")

@@ -103,7 +103,9 @@ def adapter(name: str, base: str | None) -> Adapter:
 
 
 def test_what_the_name_alone_says_is_told() -> None:
-    with pytest.warns(Remark, match=r"`a` is of bob/judge-7b, `b` of eve/judge-7b: one base by its name alone.*--base"):
+    with pytest.warns(
+        Remark, match=r"`a` was trained on bob/judge-7b, `b` on eve/judge-7b: the same base by name only.*--base"
+    ):
         merge_adapters([adapter("a", "bob/judge-7b"), adapter("b", "eve/judge-7b")])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -117,13 +119,13 @@ def test_folders_of_one_name_need_a_word(tmp_path: Path, call: Any) -> None:
         change_config(tmp_path / name, base_model_name_or_path=said)
     for command in (("merge", "--out", tmp_path / "m"), ("inspect",)):
         message = refused(call(*command, tmp_path / "a", tmp_path / "b"))
-        assert all(s in message for s in (*UNKNOWN[0], "says nothing of the model in it", "--base"))
+        assert all(s in message for s in (*UNKNOWN[0], "does not say what model it is", "--base"))
     status, _, _ = call("merge", tmp_path / "a", tmp_path / "b", "--base", UNKNOWN[0][0], "--out", tmp_path / "m")
     assert status == 0  # a word is enough: the model need not be there
     change_config(tmp_path / "b", base_model_name_or_path="bob/assistant-8b")
     change_config(tmp_path / "a", base_model_name_or_path="alice/assistant-8b")
     status, out, err = call("merge", tmp_path / "a", tmp_path / "b", "--json", "--out", tmp_path / "n")
-    assert (status, err.startswith("note: adapter `a` is of alice"), out.count("\n")) == (0, True, 1)
+    assert (status, err.startswith("note: adapter `a` was trained on alice"), out.count("\n")) == (0, True, 1)
 
 
 def test_folders_that_are_there_are_compared(tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_folders_that_are_there_are_compared(tmp_path: Path) -> None:
     (tmp_path / "b/Qwen3-1B/config.json").write_text("{}")
     (tmp_path / "b/Qwen3-1B/model.safetensors").write_bytes(b"")  # and so is what cannot be read
     assert compare(said["a/Qwen3-1B"], said["b/Qwen3-1B"]) == "by name"
-    with pytest.raises(UserError, match="says nothing of the model"):
+    with pytest.raises(UserError, match="does not say what model"):
         merge_adapters([adapter("a", said["a/model"]), adapter("b", said["b/model"])])
 
 

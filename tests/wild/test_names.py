@@ -351,7 +351,7 @@ def test_adapters_of_two_times_are_merged_as_one(tmp_path: Path) -> None:
     rename(tmp_path / "b", renaming({"model.language_model.": "model."}))
     got = [folded(base, both, tmp_path / "linear 2", weights=[1, 3]), folded(base, both, tmp_path / "ties 2", **ties)]
     assert [far(g, w) < 1e-6 for g, w in zip(got, want, strict=True)] == [True, True]
-    with pytest.raises(UserError, match="adapters of two layouts; save them alike"):  # without the base at hand
+    with pytest.raises(UserError, match="save them in one layout"):  # without the base at hand
         folded(base, both, tmp_path / "out", method="ties", density=0.5)
 
 
@@ -431,7 +431,7 @@ def test_a_vision_model_of_its_own_code_says_in_its_text_config_that_nothing_is_
     moved = {f"language_model.{n}.weight": x for n, x in update.items()}
     assert far(got, {n: x + moved[n] if n in moved else x for n, x in tensors.items()}) < 1e-6
     (base / "config.json").write_text(json.dumps({**own, "llm_config": {"tie_word_embeddings": True}}))
-    with pytest.raises(UserError, match=r"cannot be told whether language_model\.lm_head\.weight is tied"):
+    with pytest.raises(UserError, match=r"whether language_model\.lm_head\.weight is tied"):
         folded(base, [tmp_path / "a"], tmp_path / "tied")
 
 

@@ -174,7 +174,7 @@ def test_a_prompt_in_the_students_own_template_is_read_as_its_words(tok: PreTrai
 
 @pytest.mark.parametrize("name", [name for name in RENDERED if not name.startswith("chatml")])
 def test_a_prompt_in_another_models_template_is_refused(tok: PreTrainedTokenizerBase, name: str) -> None:
-    with pytest.raises(UserError, match="prompt is rendered by a chat template already") as e:
+    with pytest.raises(UserError, match="prompt was rendered by a chat template") as e:
         encode(tok, trace(RENDERED[name], "5"))
     assert "\n" not in str(e.value)
 
@@ -182,7 +182,7 @@ def test_a_prompt_in_another_models_template_is_refused(tok: PreTrainedTokenizer
 def test_a_refused_prompt_names_its_row(chatml: Path, tmp_path: Path, call: Call) -> None:
     file = jsonl(tmp_path / "one.jsonl", [{"prompt": RENDERED["gemma"], "completion": "5"}])
     line = refused(call("data", recipe(tmp_path, chatml, file)))
-    assert line.startswith(f"{file}:1: its prompt is rendered by a chat template already")
+    assert line.startswith(f"{file}:1: its prompt was rendered by a chat template")
     assert "<start_of_turn>" in line
 
 

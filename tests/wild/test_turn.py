@@ -472,5 +472,5 @@ def test_a_template_for_tools_is_used_where_a_row_offers_some() -> None:
 
 def test_a_conversation_that_is_not_taken_names_its_roles() -> None:
     tok = made(FAMILIES["gemma"])
-    with pytest.raises(UserError, match="does not take a conversation of user, user"):
+    with pytest.raises(UserError, match="does not accept a conversation of user, user"):
         prompt_text(tok, ({"role": "user", "content": "q"}, {"role": "user", "content": "q"}))
