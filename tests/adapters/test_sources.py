@@ -180,9 +180,11 @@ def test_a_model_with_an_adapter_of_transformers_own_is_read_or_named(
 # --- bases -----------------------------------------------------------------------------------------------
 
 
-def test_adapters_of_two_bases_are_refused_unless_one_vouches(bases: dict[str, Path], folders: dict[str, Path]) -> None:
+def test_adapters_of_two_bases_are_refused_unless_their_base_is_named(
+    bases: dict[str, Path], folders: dict[str, Path]
+) -> None:
     change_config(folders["b"], base_model_name_or_path="some/other-model")
-    with pytest.raises(UserError, match=r"`a` is of .*, `b` of some/other-model.*base= or --base"):
+    with pytest.raises(UserError, match=r"`a` was trained on .*, `b` on some/other-model.*base= or --base"):
         merge_adapters([folders["a"], folders["b"]])
     for base in (bases["tied"], str(bases["tied"]), Checkpoint.open(bases["tied"])):
         assert len(merge_adapters([folders["a"], folders["b"]], base=base).adapters) == 2
@@ -213,7 +215,7 @@ def test_a_4_bit_copy_of_a_model_is_the_model(one: str | None, other: str | None
         check_bases(adapters)
         merge_adapters(adapters)
     else:
-        with pytest.raises(UserError, match=r"`x` is of .*`y` of "):
+        with pytest.raises(UserError, match=r"`x` was trained on .*`y` on "):
             merge_adapters(adapters)
 
 
@@ -224,7 +226,7 @@ def test_adapters_of_other_shapes_are_refused(bases: dict[str, Path], qwen3: Pat
     with pytest.raises(UserError, match=r"`large`, module model\.layers\.0\.self_attn\.q_proj: shape .*one base"):
         merge_adapters([tmp_path / "small", tmp_path / "large"], base=bases["tied"])
     # of one shape, but of a base of another name
-    with pytest.raises(UserError, match=r"`small` is of .*tied, `alike` of .*untied"):
+    with pytest.raises(UserError, match=r"`small` was trained on .*tied, `alike` on .*untied"):
         merge_adapters([tmp_path / "small", tmp_path / "alike"])
 
 

@@ -253,7 +253,7 @@ def test_a_live_model_takes_the_merge_up(kind: Made) -> None:
             add_merged_adapter(live, names, "m", rank=kind.rank)
         assert list(live.peft_config) == names
     elif kind.name == "copy of a block":
-        with pytest.raises(UserError, match=r"PEFT did not take .*mlp\.\w+_proj\.weight"):
+        with pytest.raises(UserError, match=r"PEFT did not accept .*mlp\.\w+_proj\.weight"):
             add_merged_adapter(live, names, "m")
         assert list(live.peft_config) == names
     else:
