@@ -7,9 +7,10 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,36 @@ from transformers import (
 
 from mot_lora.cli.app import main
 from mot_lora.config import Config
+from mot_lora.interruption import ENDING
 from mot_lora.merging.lowrank import Adapter, Factors
 from mot_lora.merging.merged import Merged, combine
 from mot_lora.reader import demo_path, parse_config
 
 torch.set_num_threads(1)
+
+TIMEOUTS = {"slow": 3600, "gpu": 1800, "false_gpu": 900}  # seconds of the tests with these marks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        limits = [seconds for mark, seconds in TIMEOUTS.items() if item.get_closest_marker(mark)]
+        if limits:  # before what the module is marked with
+            item.add_marker(pytest.mark.timeout(max(limits)), append=False)
+
+
+@pytest.fixture
+def signals_as_usual() -> Iterator[None]:
+    """The signals' usual handlers, here and in what is started: a background job and nohup ignore some of them."""
+    usual = {signal.SIGINT: signal.default_int_handler, **dict.fromkeys(ENDING, signal.SIG_DFL)}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Activation checkpointing on, by the name that this version of transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def pytest_collection_finish() -> None:

@@ -15,6 +15,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+pytestmark = pytest.mark.timeout(900)  # seconds, for whole runs on a slow machine
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = ("bring_your_own_trainer", "quickstart")
 PLACES = re.compile(r"(?<![\w.:/])/(?:work|home|root|tmp|Users|usr|opt|var)/|[A-Z]:\\|site-packages")

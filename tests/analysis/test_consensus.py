@@ -48,6 +48,8 @@ from mot_lora.reports.run_page import report
 from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 # each word is a token of its own
 SAID = {"a": "Anna starts with pears", "b": "Ella sells more stamps", "c": "Ruth throws away marbles"}
 SHARED = {"a": "Jack takes coins", "b": "Jack takes coins", "c": "Noah buys nuts"}

@@ -29,6 +29,8 @@ from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import branch
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 NAMES = ["base", "std", "mtd", "one_shot", "linear", "vote"]
 FOLDERS = ["std-steps", "std-steps-total", "std-story", "std-story-total", "mtd", "mtd-total", "one_shot", "linear"]
 

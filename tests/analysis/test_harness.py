@@ -21,6 +21,8 @@ from mot_lora.reader import demo_path, parse_config
 from mot_lora.records import Record
 from mot_lora.runs.distillation import run
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 ROWS = 16
 CHATTER = """
 import logging, sys, warnings

@@ -176,6 +176,7 @@ main()
     assert done.stderr.count("Traceback") == (1 if want in (-2, 1) else 0)
 
 
+@pytest.mark.usefixtures("signals_as_usual")
 def test_ctrl_c_while_it_waits_for_a_result() -> None:
     program = """
 import signal, threading, time

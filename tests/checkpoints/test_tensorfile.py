@@ -3,9 +3,8 @@
 import json
 import os
 import resource
-import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -227,21 +226,7 @@ def test_random_bytes_raise_nothing_but_a_user_error(
         assert str(path) in str(e)  # noqa: PT017
 
 
-@pytest.fixture
-def no_hanging() -> Iterator[None]:
-    """A test that is still busy after three seconds fails."""
-
-    def fail(*_: Any) -> None:
-        raise AssertionError("still busy")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(3)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.usefixtures("no_hanging")
+@pytest.mark.timeout(10)
 def test_a_file_that_is_shortened_while_it_is_open_is_named(tmp_path: Path) -> None:
     tensors = {"a": make(torch.float32, (500,)), "b": make(torch.float32, (500,), 1)}
     save_file(tensors, tmp_path / "a")

@@ -24,6 +24,8 @@ from mot_lora.records import RunRecord
 from mot_lora.runs.records import ExportRecord
 from mot_lora.settings import keys, template
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 MakeConfig = Callable[..., Config]
 COMMAND = str(Path(sys.executable).parent / "mot-lora")
 
@@ -60,6 +62,7 @@ def test_run_and_export_print_one_json_object(call: Any, config_file: Path, tmp_
     assert (out / "config.json").exists()
 
 
+@pytest.mark.usefixtures("signals_as_usual")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_a_signal_at_any_command_is_one_line_and_its_status(
     call: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int

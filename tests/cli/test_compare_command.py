@@ -11,6 +11,8 @@ from conftest import refused
 from mot_lora.analysis.comparison import Comparison, summarize
 from mot_lora.analysis.outcomes import ArmRun
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 SMALL = ["branch.steps=1", "branch.gradient_accumulation=1", "eval.limit=2", "eval.max_new_tokens=2"]
 
 

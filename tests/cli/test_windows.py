@@ -13,6 +13,8 @@ from conftest import files_of, stored
 from mot_lora import run
 from mot_lora.reader import load_config
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 PROGRAM = Path(__file__).with_name("as_on_windows.py")
 
 

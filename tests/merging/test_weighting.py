@@ -29,6 +29,8 @@ from mot_lora.runs.rundir import RunDir
 from mot_lora.training import branch, evaluation
 from mot_lora.training.student import read_weight
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 counts = st.integers(1, 300)
 
 

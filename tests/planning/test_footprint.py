@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import allocated
+from conftest import allocated, checkpoint_activations
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -70,7 +70,7 @@ def taken(model: PeftModel, batch: int, tokens: int, settings: BranchConfig) -> 
     """What a real step holds on to after its forward pass, and its peak, as torch's allocator reports them."""
     base: Any = model.get_base_model()
     if settings.activation_checkpointing:
-        base.activation_checkpointing_enable()
+        checkpoint_activations(base)
         base.disable_input_require_grads()
     base.train()
     for parameter in model.parameters():

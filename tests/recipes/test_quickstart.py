@@ -7,6 +7,8 @@ import pytest
 from mot_lora.reader import load_config
 from mot_lora.runs.distillation import run
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 

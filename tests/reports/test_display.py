@@ -279,6 +279,7 @@ def test_a_terminal_is_clean_after_the_work() -> None:
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
 
 
+@pytest.mark.usefixtures("signals_as_usual")
 def test_a_terminal_is_clean_after_ctrl_c() -> None:
     written = in_terminal(SCRIPT.format(pause=10), interrupt_at="20/1000")
     assert on_glass(written) == ["said meanwhile", "the end"]

@@ -21,6 +21,8 @@ from mot_lora.reports.run_page import Page, report
 from mot_lora.reports.run_tables import results
 from mot_lora.reports.tables import faded_line, table
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 HOSTILE = '</style><script>alert(1)</script><img src="http://example.org/x.png" onerror="x">&amp;"\''
 VOID = {"meta", "link", "br", "img"}
 

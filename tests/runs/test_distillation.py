@@ -23,6 +23,8 @@ from mot_lora.training import branch, evaluation
 from mot_lora.training.job import Job
 from mot_lora.training.student import read_weight
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 MakeConfig = Callable[..., Config]
 
 

@@ -22,6 +22,8 @@ from mot_lora.merging.seeds import seed_for
 from mot_lora.records import EvaluationRecord
 from mot_lora.runs.distillation import run
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 MakeConfig = Callable[..., Config]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Tensors = dict[str, torch.Tensor]

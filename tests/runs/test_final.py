@@ -25,6 +25,8 @@ from mot_lora.runs.rundir import RunDir
 from mot_lora.training import evaluation
 from mot_lora.training.student import read_weight
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 MakeConfig = Callable[..., Config]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mot_lora import stages, table
 from mot_lora.config import Config
 from mot_lora.records import Answer, EvaluationRecord
@@ -14,6 +16,8 @@ from mot_lora.reports.run_tables import results
 from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training import evaluation
+
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
 
 MakeConfig = Callable[..., Config]
 

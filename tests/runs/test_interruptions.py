@@ -35,6 +35,8 @@ from mot_lora.runs.distillation import run
 from mot_lora.runs.ledger import read_run, read_state
 from mot_lora.runs.rundir import RunDir
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 SLOW = pytest.mark.slow
 BRANCH = {"steps": 6, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 1e-2, "max_length": 128}
 DONE, REFUSED, INT, TERM, HUP, KILL = 0, 2, 130, 143, 129, -signal.SIGKILL
@@ -45,6 +47,7 @@ def _command(words: list[str], streams: Path, before: Callable[[], object] | Non
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{streams}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if before:
         before()
     sys.argv = ["mot-lora", *words]
@@ -236,17 +239,23 @@ def test_a_second_signal_while_it_saves_costs_no_more_than_that_state(
     assert same_run(whole(), run)
 
 
-def test_nohup_is_meant(start: Start, tiny: Callable[..., Config], tmp_path: Path) -> None:
+def test_what_nohup_and_the_background_ignore_stays_ignored_and_sigterm_stops(
+    start: Start, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    process = start(tiny(str(run)), before=_ignore_hangup).when(sealed(run, "a", 2), signal.SIGHUP)
-    process.when(sealed(run, "a", 6), signal.SIGKILL)
-    assert process.end() == KILL, process.err
+    process = start(tiny(str(run)), before=_in_background).when(sealed(run, "a", 2), signal.SIGHUP)
+    process.send(signal.SIGINT)
+    process.when(sealed(run, "a", 6), signal.SIGTERM)
+    assert process.end() == TERM, process.err
+    assert one_line(process.err).startswith("stopped; ")
 
 
-def _ignore_hangup() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def _in_background() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
+@pytest.mark.usefixtures("signals_as_usual")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
 def test_the_installed_command_says_how_to_go_on(
     tiny: Callable[..., Config], tmp_path: Path, number: signal.Signals

@@ -19,6 +19,8 @@ from mot_lora.merging.averages import nesterov
 from mot_lora.runs.distillation import run
 from mot_lora.runs.rundir import RunDir
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 12), st.floats(0, 0.99), st.integers(0, 9))

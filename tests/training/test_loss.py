@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import checkpoint_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -314,7 +315,7 @@ def test_activation_checkpointing_changes_nothing(student: Path) -> None:
     plain.backward()
     expected = gradients(adapted)
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     loss, _ = batch_loss(model, batch, 4)
     loss.backward()
     torch.testing.assert_close(loss, plain)

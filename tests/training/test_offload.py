@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import checkpoint_activations
 from pydantic import ValidationError
 from test_branch import factors, new_model, same, settings
 from torch import Tensor
@@ -60,7 +61,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checkpointed(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model.disable_input_require_grads()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("_proj" in name)
@@ -300,7 +301,7 @@ def test_on_a_gpu_the_same_bytes_take_less_of_its_memory(monkeypatch: pytest.Mon
     shape = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = Qwen3Config(vocab_size=512, num_hidden_layers=24, head_dim=128, **shape)
     model: Any = Qwen3ForCausalLM(config).to("cuda", torch.bfloat16).train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model.disable_input_require_grads()
     model.get_input_embeddings().requires_grad_(False)
     batch = batch_of(model, 1, 16384)

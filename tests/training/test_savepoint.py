@@ -29,6 +29,8 @@ from mot_lora.training.branch import train
 from mot_lora.training.job import Job
 from mot_lora.training.savepoint import is_sealed, newest, remember_randomness, seal
 
+pytestmark = pytest.mark.usefixtures("signals_as_usual")
+
 Factors = dict[str, torch.Tensor]
 
 

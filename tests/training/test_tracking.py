@@ -15,6 +15,8 @@ from mot_lora.runs.ledger import read_run
 from mot_lora.runs.rundir import RunDir
 from mot_lora.training.tracking import check_trackers, open_tracker
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 BRANCH = {"steps": 3, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 1e-2, "max_length": 128}
 
 

@@ -162,6 +162,7 @@ if sys.argv[1] == "interrupted":
 """
 
 
+@pytest.mark.usefixtures("signals_as_usual")
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 def test_the_process_ends_with_its_parent_and_forks_have_their_own(how: str) -> None:
     run = subprocess.run(

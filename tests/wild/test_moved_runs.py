@@ -27,6 +27,8 @@ from mot_lora.runs.inputs import by_content, places, relocated, resolved
 from mot_lora.runs.ledger import read_run, settings
 from mot_lora.runs.rundir import RunDir
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 Call = Callable[..., tuple[int, str, str]]
 FEW = {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "learning_rate": 1e-2, "max_length": 512}
 

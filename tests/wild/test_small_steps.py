@@ -24,6 +24,8 @@ from mot_lora.runs.distillation import run
 from mot_lora.training.branch import train
 from mot_lora.training.trainer import rate_share
 
+pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
+
 
 @pytest.fixture(scope="module")
 def tokenizer(qwen3: Path) -> PreTrainedTokenizerBase:
