@@ -47,8 +47,8 @@ class RunDir:
     A branch or round is finished if its record exists: a branch's folder is renamed into place when complete, and a
     round's record is written last.
 
-    >>> RunDir(Path("runs/demo")).branch(1, "steps")
-    PosixPath('runs/demo/round-001/steps')
+    >>> RunDir(Path("runs/demo")).branch(1, "steps").as_posix()
+    'runs/demo/round-001/steps'
     """
 
     path: Path
@@ -61,8 +61,8 @@ class RunDir:
 
     def job(self, number: int, teacher: str) -> Job:
         """
-        >>> RunDir(Path("runs/demo")).job(1, "steps").state
-        PosixPath('runs/demo/round-001/.steps.training')
+        >>> RunDir(Path("runs/demo")).job(1, "steps").state.as_posix()
+        'runs/demo/round-001/.steps.training'
         """
         state = self.round(number) / f".{teacher}.training"
         return Job(self.path, number, teacher, state, self.path / "logs" / teacher)

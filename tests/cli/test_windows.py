@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from as_on_windows import renaming
 from conftest import files_of, stored
 
 from mot_lora import run
+from mot_lora.durable import move, sync
 from mot_lora.reader import load_config
 
 pytestmark = pytest.mark.timeout(300)  # seconds, for whole runs on a slow machine
@@ -30,7 +33,10 @@ def on_windows(*commands: list[Any]) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Windows is played on Linux")
+PLAYED = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Windows is played on Linux")
+
+
+@PLAYED
 def test_a_run_and_all_that_is_made_of_it(config_file: Path, tmp_path: Path) -> None:
     output, same = tmp_path / "run", tmp_path / "same"
     config = ["run", config_file, "-q", "branch.save_steps=1"]
@@ -56,3 +62,22 @@ def test_a_run_and_all_that_is_made_of_it(config_file: Path, tmp_path: Path) -> 
             assert output.joinpath(*parts).read_bytes() == same.joinpath(*parts).read_bytes(), parts
     assert stored(tmp_path / "folded").keys() == stored(tmp_path / "student").keys()
     assert not [name for name in files_of(tmp_path) if ".partial" in name]
+
+
+@PLAYED
+def test_a_file_is_moved_when_another_program_has_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", renaming(onto_files=True))
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "old").write_text("old")
+    reader = (tmp_path / "new").open()
+    threading.Timer(0.2, reader.close).start()
+    move(tmp_path / "new", tmp_path / "old")
+    assert reader.closed
+    assert (tmp_path / "old").read_text() == "new"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_is_not_there_cannot_be_flushed_and_a_folder_can(tmp_path: Path) -> None:
+    sync(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "absent")
