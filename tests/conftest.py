@@ -63,6 +63,7 @@ if sys.platform == "win32":  # about signals, limits, forks and terminals of Uni
         "checkpoints/test_fold.py",
         "checkpoints/test_tensorfile.py",
         "cli/test_cli.py",
+        "cli/test_windows.py",
         "cuda",
         "reports/test_display.py",
         "runs/test_distillation.py",
