@@ -188,7 +188,7 @@ class BranchConfig(Settings):
         default="auto", description="Liger's fused kernels; auto is on a GPU where liger-kernel is installed"
     )
     save_steps: int | None = Field(
-        default=None, ge=1, examples=[25], description="save a state to go on from every so many steps"
+        default=None, ge=1, examples=[25], description="save a state to resume from every so many steps"
     )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         default=(),

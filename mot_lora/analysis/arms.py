@@ -50,10 +50,10 @@ def known_arms(config: Config) -> tuple[str, ...]:
 def arms(config: Config, names: Sequence[str] = PAPER, budgets: Sequence[Budget] = BOTH) -> list[Arm]:
     """The runs of the requested arms, ordered so that later ones can reuse work of earlier ones.
 
-    With K teachers, R rounds and S steps a branch the budget `steps` gives every branch S steps: a single teacher takes
-    R S steps, a merge K R S. In `total` every arm takes K R S: a single teacher and the union get K S a round. One-shot
-    is one round with R S steps a branch. All rounds run: the config's `stop.patience` and `eval.final` are ignored. In
-    every arm the loss is on the held-out traces of the config's teachers.
+    With K teachers, R rounds and S steps per branch, the budget `steps` gives every branch S steps: a single teacher
+    takes R S steps, a merge K R S. In `total` every arm takes K R S: a single teacher and the union get K S a round.
+    One-shot is one round with R S steps per branch. All rounds run: the config's `stop.patience` and `eval.final` are
+    ignored. In every arm the loss is on the held-out traces of the config's teachers.
 
     Errors: UserError for fewer than two teachers, branch.epochs, and an arm that is unknown or lacks a setting.
 

@@ -71,7 +71,9 @@ def compare(
     names: Annotated[
         str, typer.Option("--arms", help="base, std, mtd, one_shot, linear, ties, ...; or all; default: the paper's")
     ] = "",
-    budgets: Annotated[str, typer.Option(help="equal steps a branch, or equal branch-steps in total")] = "steps,total",
+    budgets: Annotated[
+        str, typer.Option(help="equal steps per branch, or equal branch-steps in total")
+    ] = "steps,total",
     out: Annotated[Path | None, typer.Option(help="folder of the comparison; default: the config's output")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="show only the last line")] = False,
     as_json: Json = False,

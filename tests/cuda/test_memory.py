@@ -144,7 +144,7 @@ def test_out_of_memory_is_one_line_in_whatever_form_it_comes_and_the_run_goes_on
 
     capfd.readouterr()
     with pytest.raises(
-        UserError, match=r"^out of memory loading \S+ in nf4 \(.*CUDA out of memory\. .*\); end what .*"
+        UserError, match=r"^out of memory loading \S+ in nf4 \(.*CUDA out of memory\. .*\); stop other programs .*"
     ):
         run(config, progress=full)
     assert is_free()
